@@ -1,0 +1,101 @@
+"""Shared set-up: a clean import path, two torch threads, no network, skips for what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = ("127.", "localhost", "::1", "0.0.0.0", "::")
+
+# `python -m pytest` puts the working directory on sys.path: from there our nodes/ would shadow
+# ComfyUI's nodes.py, and tests could import files that an installed package does not offer.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def refuse_network(event: str, arguments: tuple) -> None:
+    """Audit hook: a test that reaches for another machine fails, with or without a network here."""
+    if event == "socket.connect":
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else None  # a Unix socket has a path
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = arguments[0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host and not str(host).startswith(MACHINE):
+        raise RuntimeError(f"a test asked for the network: {event} {host!r}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked `slow` too")
+
+
+def pytest_configure() -> None:
+    sys.addaudithook(refuse_network)
+    # Libraries that would look for a newer version of a local file are told not to.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    import torch
+
+    # The models of these tests are tiny: more threads make them slower, not faster.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def missing(marker: str, config: pytest.Config) -> str | None:
+    """Say why a test with this marker cannot run here, or None when it can."""
+    if marker == "gpu":
+        import torch
+
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if marker == "comfyui":
+        folder = os.environ.get("COMFYUI_DIR")
+        if not folder:
+            return "COMFYUI_DIR is not set"
+        if not (Path(folder) / "comfy_api").is_dir():
+            # Set but wrong is a mistake, not a part that is missing: a skip would hide it.
+            raise pytest.UsageError(
+                f"COMFYUI_DIR={folder} has no comfy_api/; point it at a ComfyUI checkout"
+            )
+        return None
+    if marker == "browser":
+        return None if importlib.util.find_spec("playwright") else "playwright is not installed"
+    return None if config.getoption("--slow") else "slow: run with --slow"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker in ("gpu", "comfyui", "browser", "slow"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing(marker, config) if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/tiny.py, which writes random tiny models; importlib mode cannot import a neighbour."""
+    name = "seedling_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("tiny.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random tiny model in fp32 as files: paths `dit`, `vae`, `encoder`. Write nothing to it."""
+    return tiny.tiny_model(tmp_path_factory.mktemp("tiny"))
