@@ -1,0 +1,238 @@
+"""What a checkpoint is, and whether it is all there: told before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .families import FAMILIES
+from .family import TITLES, Component, Family, Kind, Layout, Schedule
+from .header import printable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LISTED = 10  # names in one message
+MAX_TENSORS = 20_000  # ten times the largest model; a hostile header is not built into a module
+PLAIN = ("F64", "F32", "F16", "BF16")
+LORA_MARKS = (
+    ".lora_A.",
+    ".lora_B.",
+    ".lora_down.",
+    ".lora_up.",
+    ".lokr_w",
+    ".hada_w",
+    ".lora.down.",
+)
+# Dtypes that only quantized weights have, as people call them.
+NARROW = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "I8": "int8", "U8": "uint8", "F6_E2M3": "fp6",
+    "F6_E3M2": "fp6", "F4": "fp4",
+}  # fmt: skip
+# What a config or a constructor raises when a header or its config does not add up.
+UNFIT = (
+    KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+)  # fmt: skip
+# Endings of tensors that come with a quantized weight and are no parameters of the network.
+SIDE = (
+    ".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale",
+    ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".scale_weight", ".scale_input",
+    "scaled_fp8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recognised checkpoint; `checkpoint` has canonical names."""
+
+    family: Family
+    component: Component
+    layout: Layout
+    checkpoint: Checkpoint
+
+    @property
+    def title(self) -> str:
+        """For sentences: "the VAE of Qwen-Image-2.1"."""
+        return f"the {noun(self.component.kind)} of {self.family.title}"
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How a file differs from the table of names and shapes of its component, in words."""
+
+    wrong: tuple[str, ...]  # missing, or another shape or kind of number
+    unused: tuple[str, ...]  # in the file, but not in the table
+
+
+def noun(kind: str) -> str:
+    return TITLES[kind].split(" ", 1)[1]
+
+
+def detect(checkpoint: Checkpoint) -> Found | None:
+    """The family and component whose names these are; None for none."""
+    for family in FAMILIES:
+        for component in family.components:
+            layout = component.layout(checkpoint.names)
+            if layout is not None:
+                view = checkpoint.view(layout.sources(checkpoint.names))
+                return Found(family, component, layout, view)
+    return None
+
+
+def lora_family(checkpoint: Checkpoint) -> tuple[bool, Family | None]:
+    """Whether this is a LoRA, and of which family."""
+    if not any(mark in name for name in checkpoint.names for mark in LORA_MARKS):
+        return False, None
+    return True, next((f for f in FAMILIES if f.is_lora(checkpoint.names)), None)
+
+
+def what_fits(kind: Kind) -> str:
+    """Which file a slot needs, for the end of a sentence."""
+    examples = [c.example for family in FAMILIES if (c := family.component(kind))]
+    return f"needed is {TITLES[kind]}, for example {' or '.join(examples)}"
+
+
+def unknown(checkpoint: Checkpoint) -> str:
+    """The beginning of a sentence about a file that no family recognises."""
+    names = [printable(name) for name in checkpoint.names]
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{checkpoint.name} is no model that Seedling knows (it holds {some})"
+
+
+def quantization(checkpoint: Checkpoint) -> str | None:
+    """How the weights are quantized, None when they are plain floating-point numbers."""
+    names = checkpoint.names
+    for name, info in names.items():
+        if name.endswith(".comfy_quant"):
+            return _marker(checkpoint, name, info)
+    if "_quantization_metadata" in checkpoint.metadata:
+        return "comfy_quant"
+    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
+        return "scaled_fp8"
+    if any(name.endswith((".qweight", ".wscales")) for name in names):
+        return "svdquant" if any(name.endswith(".wscales") for name in names) else "packed"
+    for name, info in names.items():
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype in NARROW:
+            return NARROW[info.dtype]
+    return None
+
+
+def _marker(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str:
+    """The format in ComfyUI's per-layer marker: a few bytes of JSON as a uint8 tensor."""
+    if info.dtype != "U8" or info.numel > 4096:
+        return "comfy_quant"
+    try:
+        content = json.loads(bytes(checkpoint.tensor(name).flatten().tolist()).decode("utf-8"))
+    except (ValueError, RecursionError):
+        return "comfy_quant"
+    form = content.get("format") if isinstance(content, dict) else None
+    return printable(form) if isinstance(form, str) else "comfy_quant"
+
+
+def parameters(names: Mapping[str, TensorInfo]) -> int:
+    """Number of parameters, without scales and markers. Two 4-bit weights in a byte are one."""
+    return sum(info.numel for name, info in names.items() if not name.endswith(SIDE))
+
+
+def main_dtype(names: Mapping[str, TensorInfo]) -> str:
+    """The dtype, as in headers, that most of the elements have."""
+    total: dict[str, int] = {}
+    for name, info in names.items():
+        if not name.endswith(SIDE):
+            total[info.dtype] = total.get(info.dtype, 0) + info.numel
+    return max(total, key=lambda dtype: total[dtype]) if total else "F32"
+
+
+def refuse_quantized(found: Found) -> None:
+    form = quantization(found.checkpoint)
+    if form:
+        raise CheckpointError(
+            f"{found.checkpoint.name} is quantized ({form}), which is not readable yet: it needs "
+            "layers for that format; use the bf16 or fp32 file, for example "
+            f"{found.component.example}."
+        )
+
+
+def config_of(found: Found) -> Any:
+    """The component's config, read from the header. Raises CheckpointError."""
+    count = len(found.checkpoint.names)
+    if count > MAX_TENSORS:
+        raise _unfit(found, ValueError(f"{count} tensors are more than {MAX_TENSORS}"))
+    try:
+        return found.component.config(found.checkpoint)
+    except CheckpointError:
+        raise
+    except UNFIT as error:
+        raise _unfit(found, error) from error
+
+
+def schedule_of(found: Found) -> Schedule:
+    """How the checkpoint wants to be sampled. Raises CheckpointError for a senseless schedule."""
+    try:
+        return found.family.schedule(found.checkpoint)
+    except UNFIT as error:
+        raise _unfit(found, error) from error
+
+
+def table_of(found: Found, config: Any, operations: Any, dtype: Any = None) -> nn.Module:
+    """The component on the meta device: takes no memory; its names and shapes are the table."""
+    try:
+        return found.component.build(config, operations, "meta", dtype)
+    except UNFIT as error:
+        raise _unfit(found, error) from error
+
+
+def _unfit(found: Found, error: Exception) -> CheckpointError:
+    if isinstance(error, KeyError):
+        what = f"{printable(str(error.args[0]))} is missing"
+    else:
+        what = printable(str(error).split("\n")[0])
+    return CheckpointError(
+        f"{found.checkpoint.name} looks like {found.title}, but {what}; a file that fits: "
+        f"{found.component.example}."
+    )
+
+
+def compare(found: Found, module: nn.Module) -> Differences:
+    """Hold the header against the table. Only header and table are read."""
+    names, unused = found.checkpoint.names, set(found.component.unused)
+    wrong: list[str] = []
+    expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    for key, shape in expected.items():
+        info = names.get(key)
+        if info is None:
+            wrong.append(f"{printable(key)}: missing, expected {shape}")
+        elif info.shape != shape:
+            wrong.append(f"{printable(key)}: found {info.shape}, expected {shape}")
+        elif info.dtype not in PLAIN:
+            wrong.append(f"{printable(key)}: found {info.dtype}, expected floating-point numbers")
+    extra = [printable(key) for key in names if key not in expected and key not in unused]
+    return Differences(tuple(wrong), tuple(extra))
+
+
+def refuse_differences(found: Found, differences: Differences) -> None:
+    """Raise CheckpointError with at most ten names and a count, and which file would fit."""
+    wrong = differences.wrong
+    if not wrong:
+        return
+    count = "1 tensor differs" if len(wrong) == 1 else f"{len(wrong)} tensors differ"
+    listed = "\n".join(f"  {line}" for line in wrong[:LISTED])
+    more = f"\n  and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+    raise CheckpointError(
+        f"{found.checkpoint.name} does not fit {found.title}: {count}.\n{listed}{more}\nA file "
+        f"that fits: {found.component.example}."
+    )
+
+
+def unused_note(differences: Differences) -> tuple[str, ...]:
+    """What to tell about tensors that the model does not use: one sentence, or nothing."""
+    extra = differences.unused
+    if not extra:
+        return ()
+    some = ", ".join(extra[:LISTED]) + (", ..." if len(extra) > LISTED else "")
+    are = "1 tensor is" if len(extra) == 1 else f"{len(extra)} tensors are"
+    return (f"{are} not used by this model: {some}.",)

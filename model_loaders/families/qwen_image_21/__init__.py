@@ -1,0 +1,131 @@
+"""Qwen-Image-2.1: a single-stream DiT, an RGBA VAE with 16 x 16 pixels per token, Qwen3-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...family import Component, Family, Licence
+from . import conditioning, keys, sizes
+from .configs import PUBLISHED_VAE, dit_config, vae_config
+from .schedules import schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ....quant.operations import Operations
+    from ...checkpoint import Checkpoint
+    from .encoder import Encoder, EncoderConfig
+
+QWEN_RESEARCH = Licence(
+    name="Qwen Research Licence",
+    url="",
+    commercial=False,
+    notice="Built with Qwen. For research and other non-commercial use; a commercial licence is "
+    "given on request.",
+)
+APACHE = Licence(
+    "Apache-2.0", "", commercial=True, notice="Free for any use, with its notice kept."
+)
+# Terms that a network of its own, of the same architecture, may carry in its metadata.
+FREE = {"apache-2.0": APACHE}
+
+
+def licence(checkpoint: Checkpoint) -> Licence:
+    """The published network's terms, whatever its metadata say; else what the metadata say.
+
+    Distilled, merged and quantized versions of the published weights inherit their licence, and
+    some are labelled wrongly. Only a network of other widths can have been trained by somebody
+    else.
+    """
+    said = str(checkpoint.config.get("licence") or checkpoint.metadata.get("licence") or "").lower()
+    return QWEN_RESEARCH if _is_published(checkpoint) else FREE.get(said, QWEN_RESEARCH)
+
+
+def _is_published(checkpoint: Checkpoint) -> bool:
+    def side(name: str) -> tuple[int, ...]:
+        return checkpoint.names[name].shape if name in checkpoint.names else ()
+
+    base, z_dim = PUBLISHED_VAE
+    return (
+        side("img_in.weight")[:1] == (4096,)
+        or side("model.language_model.embed_tokens.weight")[1:] == (4096,)
+        or (side("encoder.conv_in.weight")[:1], side("post_quant_conv.weight")[:1])
+        == ((base,), (z_dim,))
+    )
+
+
+def _build_dit(config: Any, operations: Operations, device: Any, dtype: Any = None) -> nn.Module:
+    from .dit import DiT
+
+    return DiT(config, operations, device, dtype)
+
+
+def _build_vae(config: Any, operations: Operations, device: Any, dtype: Any = None) -> nn.Module:
+    from .vae import VAE
+
+    return VAE(config, operations, device, dtype)
+
+
+def _encoder_config(checkpoint: Checkpoint) -> EncoderConfig:
+    from .encoder import EncoderConfig
+
+    return EncoderConfig.from_header(checkpoint)
+
+
+def _build_encoder(
+    config: Any, operations: Operations, device: Any, dtype: Any = None
+) -> nn.Module:
+    from .encoder import build
+
+    return build(config, operations, device, dtype)
+
+
+def _finish_encoder(module: Any, path: Path, tokenizer_paths: Sequence[Path | str] = ()) -> Encoder:
+    from .encoder import Encoder
+    from .templates import find_tokenizer
+
+    return Encoder(module, find_tokenizer(path, module.config.vocab_size, tokenizer_paths))
+
+
+FAMILY = Family(
+    name="qwen_image_21",
+    title="Qwen-Image-2.1",
+    licence=QWEN_RESEARCH,
+    components=(
+        Component(
+            kind="dit",
+            example="qwen_image_2.1_bf16.safetensors from diffusion_models/",
+            layouts=keys.DIT_LAYOUTS,
+            config=dit_config,
+            build=_build_dit,
+        ),
+        Component(
+            kind="vae",
+            example="qwen_image_2.1_vae_bf16.safetensors from vae/",
+            layouts=keys.VAE_LAYOUTS,
+            config=vae_config,
+            build=_build_vae,
+        ),
+        Component(
+            kind="encoder",
+            example="qwen3vl_8b_bf16.safetensors from text_encoders/",
+            layouts=keys.ENCODER_LAYOUTS,
+            config=_encoder_config,
+            build=_build_encoder,
+            unused=keys.ENCODER_UNUSED,
+            finish=_finish_encoder,
+        ),
+    ),
+    schedule=schedule,
+    licence_of=licence,
+    is_lora=keys.is_lora,
+    step=sizes.STEP,
+    pixels_per_token=16,
+    channels=conditioning.channels,
+    reference_size=sizes.reference_size,
+    resize=sizes.resize,
+    prefix=conditioning.prefix,
+    check=conditioning.check,
+)

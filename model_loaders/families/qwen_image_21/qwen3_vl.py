@@ -1,0 +1,329 @@
+"""Qwen3-VL without its language head, read before its final norm.
+
+The network is transformers', its layers exchanged for those of an operations namespace. Names of
+tensors are transformers' (`model.language_model.*`, `model.visual.*`). transformers is imported
+when a network is built, not before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ....quant.operations import TORCH, Operations
+
+if TYPE_CHECKING:
+    from ...checkpoint import Checkpoint
+
+PATCH = 16  # pixels per side of a vision patch; a latent token covers the same square
+MERGE = 2  # patches per side of a vision token ("slot")
+TEMPORAL = 2  # frames per patch; a still picture is shown twice
+
+Grid = tuple[int, int]  # rows, columns
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Widths of the network; the defaults are the published Qwen3-VL-8B."""
+
+    vocab_size: int = 151936
+    hidden: int = 4096
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    intermediate: int = 12288
+    theta: float = 5_000_000.0
+    eps: float = 1e-6
+    vision_hidden: int = 1152
+    vision_depth: int = 27
+    vision_heads: int = 16
+    vision_intermediate: int = 4304
+    vision_positions: int = 2304  # a square of learned positions
+    deepstack: tuple[int, ...] = (8, 16, 24)  # vision layers that the first text layers read too
+
+    @property
+    def mrope(self) -> tuple[int, int, int]:
+        """Rotary channel pairs for time, row, column: 24, 20, 20 of 64, others in proportion."""
+        half = self.head_dim // 2
+        side = round(half * 20 / 64)
+        return half - 2 * side, side, side
+
+    @classmethod
+    def from_header(cls, checkpoint: Checkpoint) -> EncoderConfig:
+        """From canonical names and shapes; `checkpoint.config` for what shapes cannot tell.
+
+        Raises KeyError for a missing tensor, ValueError where shapes and config do not add up.
+        """
+        shapes = {name: tuple(info.shape) for name, info in checkpoint.names.items()}
+        text, vision = _published(checkpoint.config)
+        layer, block = "model.language_model.layers", "model.visual.blocks"
+        vocab_size, hidden = shapes["model.language_model.embed_tokens.weight"]
+        (head_dim,) = shapes[f"{layer}.0.self_attn.q_norm.weight"]
+        positions, vision_hidden = shapes["model.visual.pos_embed.weight"]
+        depth = _count(shapes, f"{block}.", ".norm1.weight")
+        mergers = _count(shapes, "model.visual.deepstack_merger_list.", ".norm.weight")
+        vision_heads = int(vision.get("num_heads", cls.vision_heads))
+        deepstack = tuple(vision.get("deepstack_visual_indexes", _deepstack(depth, mergers)))
+        if vision_hidden % (4 * vision_heads) or len(deepstack) != mergers:
+            raise ValueError(
+                f"The text encoder's vision tower is {vision_hidden} wide with {mergers} DeepStack "
+                f"layers, which does not fit {vision_heads} heads and DeepStack at "
+                f"{list(deepstack)}; the file needs the config.json that it was published with."
+            )
+        return cls(
+            vocab_size=vocab_size,
+            hidden=hidden,
+            layers=_count(shapes, f"{layer}.", ".self_attn.q_norm.weight"),
+            heads=shapes[f"{layer}.0.self_attn.q_proj.weight"][0] // head_dim,
+            kv_heads=shapes[f"{layer}.0.self_attn.k_proj.weight"][0] // head_dim,
+            head_dim=head_dim,
+            intermediate=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
+            theta=float(text.get("rope_theta", cls.theta)),
+            eps=float(text.get("rms_norm_eps", cls.eps)),
+            vision_hidden=vision_hidden,
+            vision_depth=depth,
+            vision_heads=vision_heads,
+            vision_intermediate=shapes[f"{block}.0.mlp.linear_fc1.weight"][0],
+            vision_positions=positions,
+            deepstack=deepstack,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_header` cannot read from shapes, named as in transformers' config.json."""
+        return {
+            "model_type": "qwen3_vl",
+            "text_config": {"rope_theta": self.theta, "rms_norm_eps": self.eps},
+            "vision_config": {
+                "num_heads": self.vision_heads,
+                "deepstack_visual_indexes": list(self.deepstack),
+            },
+        }
+
+
+def tiny_config(vocab_size: int, **changes: Any) -> EncoderConfig:
+    """Two million weights, for the embedded model and for tests; any field can be changed."""
+    tiny = EncoderConfig(
+        vocab_size=vocab_size,
+        hidden=192,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        intermediate=512,
+        vision_hidden=128,
+        vision_depth=2,
+        vision_heads=4,
+        vision_intermediate=256,
+        vision_positions=64,
+        deepstack=(0,),
+    )
+    return replace(tiny, **changes)
+
+
+def _published(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Text and vision part of a config.json, of transformers 4 or 5 (rope moved between them)."""
+    text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
+    rope = text.get("rope_parameters") or {}
+    return text | {key: rope[key] for key in ("rope_theta",) if key in rope}, vision
+
+
+def _count(names: Iterable[str], prefix: str, suffix: str) -> int:
+    return sum(name.startswith(prefix) and name.endswith(suffix) for name in names)
+
+
+def _deepstack(depth: int, mergers: int) -> tuple[int, ...]:
+    """The published choices (depth 27: 8B and 32B; depth 24: 2B and 4B), and evenly elsewhere."""
+    if (depth, mergers) == (27, 3):
+        return (8, 16, 24)
+    step = depth // (mergers + 1)
+    return tuple(step * (i + 1) - 1 for i in range(mergers))
+
+
+def build(
+    config: EncoderConfig,
+    operations: Operations | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Qwen3VL:
+    """The network with weights as the namespace draws them; on "meta" it takes no memory."""
+    return Qwen3VL(config, operations or TORCH, device, dtype)
+
+
+class Qwen3VL(nn.Module):
+    """Token ids and picture patches to the last decoder layer's output, before the final norm."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        operations: Operations = TORCH,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+
+        self.config = config
+        with torch.device("meta"):
+            self.model = Qwen3VLModel(_transformers_config(config))
+        text, visual = self.model.language_model, self.model.visual
+        text.norm = nn.Identity()
+        visual.patch_embed = PatchEmbed(config.vision_hidden, device, dtype)
+        replace_layers(self.model, operations, device, dtype)
+        # Tables that no file holds: real even while the weights are still on "meta".
+        real = torch.device(device or "cpu")
+        with torch.device("cpu") if real.type == "meta" else real:
+            text.rotary_emb = type(text.rotary_emb)(text.config)
+            visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config)
+        self.eval()
+
+    def forward(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        patches: Tensor | None = None,
+        grids: Sequence[Grid] = (),
+        past_key_values: Any = None,
+    ) -> Tensor:
+        """Hidden states (B, L, hidden) of rows of equal length, nothing padded.
+
+        `ids` (B, L); `slots` (B, L) True where a vision token goes; `patches` (P, 1536) of all
+        pictures, row by row; `grids` rows and columns of patches of each. `past_key_values`: a
+        transformers cache of the text before these tokens, which must hold no picture.
+        """
+        text = self.model.language_model
+        x = text.embed_tokens(ids)
+        features: list[Tensor] | None = None
+        if patches is not None:
+            grid = torch.tensor([(1, h, w) for h, w in grids], device=ids.device)
+            # Straight to the tower: transformers' own way casts pixels to the weights' dtype,
+            # which for weights that are widened on the fly is not the dtype of the arithmetic.
+            seen = self.model.visual(patches.to(x.device, x.dtype), grid_thw=grid)
+            x = x.masked_scatter(slots[..., None], seen.pooler_output.to(x.dtype))
+            features = seen.deepstack_features
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        output = text(
+            inputs_embeds=x,
+            position_ids=positions(slots, grids) + start,
+            visual_pos_masks=slots if features else None,
+            deepstack_visual_embeds=features,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None, std: float = 0.02) -> Qwen3VL:
+        """Draw the weights that training starts from: matrices normal, scales one, biases zero."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        return self
+
+
+class PatchEmbed(nn.Module):
+    """The vision tower's first layer: published as a 3-d convolution, run as a plain product."""
+
+    def __init__(self, width: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        kernel = (TEMPORAL, PATCH, PATCH)
+        self.proj = nn.Conv3d(3, width, kernel, stride=kernel, device=device, dtype=dtype)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(P, 3 * 2 * 16 * 16) to (P, width), in the dtype of the patches."""
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        assert bias is not None
+        return F.linear(patches, weight.to(patches.dtype), bias.to(patches.dtype))
+
+
+def replace_layers(
+    root: nn.Module, operations: Operations, device: Any, dtype: torch.dtype | None
+) -> None:
+    """Exchange every layer under `root` that holds weights for its like from `operations`."""
+    place = {"device": device, "dtype": dtype}
+    for parent in list(root.modules()):
+        for name, layer in list(parent.named_children()):
+            new: nn.Module | None = None
+            if isinstance(layer, nn.Linear):
+                bias = layer.bias is not None
+                new = operations.Linear(layer.in_features, layer.out_features, bias=bias, **place)
+            elif isinstance(layer, nn.Embedding):
+                new = operations.Embedding(layer.num_embeddings, layer.embedding_dim, **place)
+            elif isinstance(layer, nn.LayerNorm):
+                new = operations.LayerNorm(layer.normalized_shape, eps=layer.eps, **place)
+            elif type(layer).__name__.endswith("RMSNorm"):
+                width = layer.get_parameter("weight").shape[0]
+                eps = float(getattr(layer, "variance_epsilon"))  # noqa: B009  # transformers' name
+                new = operations.RMSNorm(width, eps=eps, **place)
+            if new is not None:
+                setattr(parent, name, new)
+
+
+def _transformers_config(config: EncoderConfig) -> Any:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.eps,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": config.theta,
+                "mrope_section": list(config.mrope),
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": config.vision_depth,
+            "hidden_size": config.vision_hidden,
+            "intermediate_size": config.vision_intermediate,
+            "num_heads": config.vision_heads,
+            "out_hidden_size": config.hidden,
+            "num_position_embeddings": config.vision_positions,
+            "deepstack_visual_indexes": list(config.deepstack),
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL,
+        },
+    )
+
+
+def positions(slots: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """Rotary positions (3, B, L) on the axes time, row, column; `slots` (B, L) bool.
+
+    Text advances all three together; a picture stands still in time, counts rows and columns from
+    where it starts, and the text after it goes on behind its longer side.
+    """
+    if not grids:
+        return torch.arange(slots.shape[1], device=slots.device).expand(3, slots.shape[0], -1)
+    left, rows = iter(grids), []
+    for row in slots.tolist():
+        parts, start = [], 0
+        for is_picture, run in itertools.groupby(row):
+            length = len(list(run))
+            cells, size = torch.arange(length), length
+            if is_picture:
+                h, w = (side // MERGE for side in next(left))
+                assert h * w == length, f"a picture of {h} x {w} slots meets {length} of them"
+                part, size = torch.stack([cells * 0, cells // w, cells % w]), max(h, w)
+            else:
+                part = cells.expand(3, -1)
+            parts.append(part + start)
+            start += size
+        rows.append(torch.cat(parts, dim=1))
+    return torch.stack(rows, dim=1).to(slots.device)

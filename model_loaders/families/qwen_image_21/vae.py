@@ -1,0 +1,394 @@
+"""The VAE of Qwen-Image-2.1: RGBA pictures to 64 channels at a sixteenth of the side, and back.
+
+It is a causal video VAE (Wan 2.2) that only ever sees one frame, so what remains is 2-D: every
+convolution is 3x3 or 1x1 on a picture, and time survives in two places. On the way down, the
+averaging shortcut of a stage that also halves time averages over a frame of zeros in front of
+ours; on the way up, the duplicating shortcut keeps the last of the two frames that it makes.
+
+Names and shapes are the published ones (diffusers' `AutoencoderKLQwenImage21`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ....quant.operations import TORCH, Operations
+from ...strips import Stage, Whole, run_in_strips, run_whole, work_of
+from .configs import LATENTS_MEAN, LATENTS_STD
+
+MEMORY = 1 << 30  # bytes of activations above which pictures are done in strips
+
+
+class VAEError(ValueError):
+    """A picture or latents that this VAE cannot take."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Widths of the network; the defaults are the published VAE."""
+
+    z_dim: int = 64
+    base_dim: int = 96
+    decoder_base_dim: int = 144
+    dim_mult: tuple[int, ...] = (1, 2, 4, 8, 8)  # channels of every stage, finest first
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True, True)  # stages that halve time
+    patch_size: int | None = None  # side of the pixel blocks that are folded into channels first
+    latents_mean: tuple[float, ...] = LATENTS_MEAN
+    latents_std: tuple[float, ...] = LATENTS_STD
+    in_channels: int = 4
+
+    @property
+    def patch(self) -> int:
+        return self.patch_size or 1
+
+    @property
+    def folded(self) -> int:
+        """Channels of a picture when blocks of patch x patch pixels have become channels."""
+        return self.in_channels * self.patch**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return self.patch * 2 ** (len(self.dim_mult) - 1)
+
+
+class PixelNorm(nn.Module):
+    """RMS norm over the channels of every pixel, in fp32, then a learned gain per channel."""
+
+    def __init__(self, dim: int, ranks: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * ranks, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, dim, H, W) -> the same shape and dtype."""
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = x.shape[1] ** 0.5 / length.clamp_min(1e-12)
+        gamma = self.gamma.view(-1, 1, 1).to(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
+            return (x * scale).to(x.dtype) * gamma
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(gamma)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3x3 twice, plus the input (through a 1x1 where the width changes)."""
+
+    def __init__(self, dim: int, out_dim: int, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.norm1 = PixelNorm(dim, 3, **kw)
+        self.conv1 = ops.Conv2d(dim, out_dim, 3, padding=1, **kw)
+        self.norm2 = PixelNorm(out_dim, 3, **kw)
+        self.conv2 = ops.Conv2d(out_dim, out_dim, 3, padding=1, **kw)
+        self.conv_shortcut = ops.Conv2d(dim, out_dim, 1, **kw) if dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+        y = layers.conv(self.conv1, F.silu(self.norm1(x), inplace=True))
+        y = layers.conv(self.conv2, F.silu(self.norm2(y), inplace=True))
+        # A convolution's backward does not need its output, so adding in place is safe in training.
+        return layers.join(self, y, self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Every pixel attends to every pixel, one head."""
+
+    def __init__(self, dim: int, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.norm = PixelNorm(dim, 2, **kw)
+        self.to_qkv = ops.Conv2d(dim, dim * 3, 1, **kw)
+        self.proj = ops.Conv2d(dim, dim, 1, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, 1, h * w, 3 * c)
+        q, k, v = qkv.chunk(3, dim=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.view(b, h, w, c).permute(0, 3, 1, 2)).add_(x)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(dim, dim, ops, **kw) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(dim, ops, **kw)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = Whole()
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, layers)), layers)
+
+
+class Resample(nn.Module):
+    """Half or twice the side, by a strided convolution or a nearest upsampling with one after it.
+
+    `time_conv` mixes frames and never runs on a picture; it is here because the files have it.
+    """
+
+    def __init__(self, dim: int, up: bool, temporal: bool, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.up = up
+        kind = {"padding": 1} if up else {"stride": 2}
+        # Published as the second layer, after padding or upsampling, which have no weights.
+        self.resample = nn.ModuleDict({"1": ops.Conv2d(dim, dim, 3, **kind, **kw)})
+        if temporal:
+            self.time_conv = ops.Conv2d(dim, dim * 2 if up else dim, 1, **kw)
+
+    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+        conv = self.resample["1"]
+        return layers.up(conv, x) if self.up else layers.down(conv, x)
+
+
+def add_averages(y: Tensor, x: Tensor, side: int, frames: int) -> None:
+    """The encoder's shortcut, added to y in place: side x side pixels and `frames` frames become
+    channels, and neighbours are averaged until y's channels are left.
+
+    y (B, D, H / side, W / side), x (B, C, H, W). Ours is the last frame; those before are zero.
+    """
+    slots = frames * side**2  # of a channel, in this order: frame, row, column
+    split, merge = max(y.shape[1] // x.shape[1], 1), max(x.shape[1] // y.shape[1], 1)
+    share = split / (slots * merge)
+    for row in range(side):
+        for column in range(side):
+            slot = slots - side**2 + row * side + column
+            target = y[:, slot * split // slots :: split]
+            for channel in range(merge):
+                target.add_(x[:, channel::merge, row::side, column::side], alpha=share)
+
+
+def add_duplicates(y: Tensor, x: Tensor, frames: int) -> None:
+    """The decoder's shortcut, added to y in place, turns that round: channels are repeated until
+    they fill 2 x 2 pixels in each of `frames` frames, of which the last is kept.
+
+    y (B, D, 2 H, 2 W), x (B, C, H, W).
+    """
+    slots = frames * 4
+    if x.shape[1] < y.shape[1]:
+        x = x.repeat_interleave(y.shape[1] // x.shape[1], dim=1)
+    merge = x.shape[1] // y.shape[1]
+    for row in range(2):
+        for column in range(2):
+            slot = slots - 4 + row * 2 + column
+            y[:, :, row::2, column::2].add_(x[:, slot * merge // slots :: merge])
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, then half the side unless this is the last stage."""
+
+    def __init__(
+        self, dim: int, out_dim: int, down: bool, temporal: bool, blocks: int, ops: Operations, **kw
+    ) -> None:
+        super().__init__()
+        self.dim, self.out_dim = dim, out_dim
+        self.add = partial(add_averages, side=1 + down, frames=1 + temporal)
+        widths = [dim] + [out_dim] * blocks
+        self.resnets = nn.ModuleList(
+            ResBlock(a, b, ops, **kw) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.downsampler = Resample(out_dim, False, temporal, ops, **kw) if down else None
+
+    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+        y = x
+        for block in self.resnets:
+            y = block(y, layers)
+        if self.downsampler is not None:
+            y = self.downsampler(y, layers)
+        return layers.join(self, y, x, self.add)
+
+    def stage(self) -> Stage:
+        lag = 2 * len(self.resnets) + 2
+        scale = 1.0 if self.downsampler is None else 0.5
+        return Stage(self, scale, lag, self.dim + 3 * self.out_dim, min(self.dim, self.out_dim))
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then twice the side unless this is the last stage."""
+
+    def __init__(
+        self, dim: int, out_dim: int, up: bool, temporal: bool, blocks: int, ops: Operations, **kw
+    ) -> None:
+        super().__init__()
+        self.dim, self.out_dim = dim, out_dim
+        self.add = partial(add_duplicates, frames=1 + temporal)
+        widths = [dim] + [out_dim] * (blocks + 1)
+        self.resnets = nn.ModuleList(
+            ResBlock(a, b, ops, **kw) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.upsampler = Resample(out_dim, True, temporal, ops, **kw) if up else None
+
+    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+        y = x
+        for block in self.resnets:
+            y = block(y, layers)
+        if self.upsampler is None:
+            return y
+        return layers.join(self, self.upsampler(y, layers), x, self.add)
+
+    def stage(self) -> Stage:
+        lag, thin = 2 * len(self.resnets) + 1, min(self.dim, self.out_dim)
+        work = max(2 * self.dim + self.out_dim, self.dim + 3 * self.out_dim)
+        if self.upsampler is None:
+            return Stage(self, 1.0, lag, work, thin)
+        # The upsampled picture, once before its convolution and once after.
+        return Stage(self, 2.0, lag, max(work, self.dim + 9 * self.out_dim), thin)
+
+
+class Encoder(nn.Module):
+    """(B, in_channels, H, W) -> (B, 2 z_dim, H / f, W / f): mean and log variance."""
+
+    def __init__(self, config: VAEConfig, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.folded = config.folded
+        widths = [config.base_dim * m for m in (1, *config.dim_mult)]
+        down = [True] * (len(config.dim_mult) - 1) + [False]
+        temporal = [*config.temporal_downsample, False]
+        self.conv_in = ops.Conv2d(config.folded, widths[0], 3, padding=1, **kw)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(*stage, config.num_res_blocks, ops, **kw)
+            for stage in zip(widths[:-1], widths[1:], down, temporal, strict=True)
+        )
+        self.mid_block = MidBlock(widths[-1], ops, **kw)
+        self.norm_out = PixelNorm(widths[-1], 3, **kw)
+        self.conv_out = ops.Conv2d(widths[-1], config.z_dim * 2, 3, padding=1, **kw)
+
+    def stages(self) -> list[Stage]:
+        """What runs before the attention, and can run in strips."""
+        folded, dim = self.folded, self.down_blocks[0].dim
+        first = Stage(lambda x, layers: layers.conv(self.conv_in, x), 1.0, 1, folded + dim, folded)
+        return [first, *(block.stage() for block in self.down_blocks)]
+
+    def forward(self, x: Tensor, run: Callable[[list[Stage], Tensor], Tensor]) -> Tensor:
+        x = self.mid_block(run(self.stages(), x))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+
+
+class Decoder(nn.Module):
+    """(B, z_dim, h, w) -> (B, in_channels, h f, w f)."""
+
+    def __init__(self, config: VAEConfig, ops: Operations, **kw) -> None:
+        super().__init__()
+        self.folded = config.folded
+        mult = config.dim_mult[::-1]
+        widths = [config.decoder_base_dim * m for m in (mult[0], *mult)]
+        up = [True] * (len(mult) - 1) + [False]
+        temporal = [*config.temporal_downsample[::-1], False]
+        self.conv_in = ops.Conv2d(config.z_dim, widths[0], 3, padding=1, **kw)
+        self.mid_block = MidBlock(widths[0], ops, **kw)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(*stage, config.num_res_blocks, ops, **kw)
+            for stage in zip(widths[:-1], widths[1:], up, temporal, strict=True)
+        )
+        self.norm_out = PixelNorm(widths[-1], 3, **kw)
+        self.conv_out = ops.Conv2d(widths[-1], config.folded, 3, padding=1, **kw)
+
+    def stages(self) -> list[Stage]:
+        """What runs after the attention, and can run in strips."""
+        folded, dim = self.folded, self.up_blocks[-1].out_dim
+        last = Stage(self._finish, 1.0, 1, 2 * dim + folded, dim)
+        return [*(block.stage() for block in self.up_blocks), last]
+
+    def _finish(self, x: Tensor, layers: Whole) -> Tensor:
+        return layers.conv(self.conv_out, F.silu(self.norm_out(x), inplace=True))
+
+    def forward(self, x: Tensor, run: Callable[[list[Stage], Tensor], Tensor]) -> Tensor:
+        return run(self.stages(), self.mid_block(self.conv_in(x)))
+
+
+def fold(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, C p p, H / p, W / p); within a channel x runs before y."""
+    return F.pixel_unshuffle(x.mT, patch).mT if patch > 1 else x
+
+
+def unfold(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `fold`."""
+    return F.pixel_shuffle(x.mT, patch).mT if patch > 1 else x
+
+
+class VAE(nn.Module):
+    """Pictures (B, 4, H, W) in -1..1, alpha last, to and from normalised latents."""
+
+    def __init__(
+        self,
+        config: VAEConfig | None = None,
+        operations: Operations = TORCH,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        kw = {"device": device, "dtype": dtype}
+        z = config.z_dim
+        self.encoder = Encoder(config, operations, **kw)
+        self.quant_conv = operations.Conv2d(z * 2, z * 2, 1, **kw)
+        self.post_quant_conv = operations.Conv2d(z, z, 1, **kw)
+        self.decoder = Decoder(config, operations, **kw)
+
+    def encode(
+        self, pixels: Tensor, strips: int | Literal["auto"] = "auto", *, memory: int = MEMORY
+    ) -> Tensor:
+        """The most likely latents of pictures (B, 4, H, W): (B, z, H / f, W / f), normalised.
+
+        `strips` and `memory`: as in `decode`. Raises VAEError.
+        """
+        c = self.config
+        if pixels.ndim != 4 or pixels.shape[1] != c.in_channels:
+            raise VAEError(
+                f"The VAE takes pictures of shape (batch, {c.in_channels}, height, width), but was "
+                f"given {tuple(pixels.shape)}; add the alpha channel (1 is opaque)."
+            )
+        h, w = pixels.shape[2:]
+        if h % c.factor or w % c.factor or not h or not w:
+            raise VAEError(
+                f"The VAE takes pictures whose sides are multiples of {c.factor}, but was given "
+                f"{w}x{h}; resize or crop it."
+            )
+        x = fold(pixels, c.patch).contiguous(memory_format=torch.channels_last)
+        moments = self.quant_conv(self.encoder(x, partial(_run, strips=strips, memory=memory)))
+        mean, std = self._statistics(moments)
+        return (moments[:, : c.z_dim] - mean) / std
+
+    def decode(
+        self,
+        latents: Tensor,
+        strips: int | Literal["auto"] = "auto",
+        *,
+        memory: int = MEMORY,
+        clamp: bool = True,
+    ) -> Tensor:
+        """Pictures (B, 4, h f, w f) in -1..1 of normalised latents (B, z, h, w).
+
+        `strips` is how many horizontal strips the large layers run in; the result is the same. By
+        default as few as keep activations below about `memory` bytes; one while training.
+        `clamp=False` leaves values outside of -1..1 and their gradients. Raises VAEError.
+        """
+        c = self.config
+        if latents.ndim != 4 or latents.shape[1] != c.z_dim:
+            raise VAEError(
+                f"The VAE takes latents of shape (batch, {c.z_dim}, height, width), but was given "
+                f"{tuple(latents.shape)}; use latents of the same model family."
+            )
+        mean, std = self._statistics(latents)
+        x = (latents * std + mean).contiguous(memory_format=torch.channels_last)
+        run = partial(_run, strips=strips, memory=memory)
+        pixels = unfold(self.decoder(self.post_quant_conv(x), run), c.patch)
+        return pixels.clamp(-1, 1) if clamp else pixels
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, (z, 1, 1) each."""
+        values = torch.tensor([self.config.latents_mean, self.config.latents_std])
+        mean, std = values.to(like)[..., None, None]
+        return mean, std
+
+
+def _run(stages: list[Stage], x: Tensor, strips: int | Literal["auto"], memory: int) -> Tensor:
+    """Run stages on all of x, or in strips."""
+    work = work_of(stages, x)
+    if strips == "auto":
+        # What waits between the stages takes about as much memory as the work on one strip.
+        fits = work * x.element_size() <= memory
+        strips = 1 if fits or x.requires_grad else -(-2 * work * x.element_size() // memory)
+    return run_whole(stages, x) if strips == 1 else run_in_strips(stages, x, work / strips)

@@ -1,0 +1,175 @@
+"""Say what a file is, from its header alone: in words, or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..quant.operations import TORCH
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .detection import (
+    NARROW,
+    Found,
+    compare,
+    config_of,
+    detect,
+    lora_family,
+    main_dtype,
+    noun,
+    parameters,
+    quantization,
+    refuse_differences,
+    refuse_quantized,
+    schedule_of,
+    table_of,
+    unknown,
+    unused_note,
+)
+from .families import FAMILIES
+from .family import Family, Licence
+
+SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found. What could not be told is None; a usable file has no `problems`."""
+
+    file: str
+    family: str | None = None
+    title: str | None = None
+    variant: str | None = None
+    reason: str | None = None  # why this variant
+    component: str | None = None  # dit, vae, encoder, lora
+    layout: str | None = None
+    parameters: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    bytes: int | None = None
+    licence: str | None = None
+    commercial: bool | None = None
+    notice: str | None = None
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        return not self.problems
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that shows this report: 0 usable, 2 refused."""
+        return 0 if self.usable else 2
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def words(self) -> str:
+        """A few lines for people; the last ones are the problems."""
+        lines = [self.file]
+        if self.component:
+            known = f"{self.title} ({self.family})" if self.family else "Unknown family"
+            lines.append(f"  {known}: {noun(self.component)}")
+        if self.variant:
+            lines.append(f"  Sampled as {self.variant}: {self.reason}.")
+        if self.parameters is not None and self.bytes is not None:
+            form = f", quantized as {self.quantization}" if self.quantization else ""
+            layout = f", names as in {self.layout}" if self.layout else ""
+            lines.append(
+                f"  {_count(self.parameters)} parameters, {self.dtype}{form}, "
+                f"{self.bytes / 1e9:.3g} GB{layout}"
+            )
+        if self.licence:
+            terms = "commercial use allowed" if self.commercial else "non-commercial"
+            lines.append(f"  {self.licence}, {terms}. {self.notice}")
+        lines += [f"  Note: {note}" for note in self.notes]
+        lines += [f"  Refused: {problem}" for problem in self.problems] or ["  Usable."]
+        return "\n".join(lines[:1] + [line.replace("\n", "\n  ") for line in lines[1:]])
+
+
+def inspect(path: Path | str) -> Report:
+    """Read the header of the file or folder `path` and hold it against the table of what it seems.
+
+    Never raises for a bad file: what is wrong is in `problems`, one sentence each, with the file's
+    name.
+    """
+    report = Report(file=str(path))
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        form = "gguf" if _is_gguf(Path(path)) else None
+        return replace(report, quantization=form, problems=(str(error),))
+    report = _numbers(report, checkpoint)
+    try:
+        is_lora, family = lora_family(checkpoint)
+        if is_lora:
+            return _lora(report, checkpoint, family)
+        found = detect(checkpoint)
+        if found is None:
+            known = ", ".join(family.title for family in FAMILIES)
+            return replace(report, problems=(f"{unknown(checkpoint)}; it knows {known}.",))
+        return _component(_numbers(report, found.checkpoint), found)
+    except CheckpointError as error:
+        return replace(report, problems=(str(error),))
+
+
+def _numbers(report: Report, checkpoint: Checkpoint) -> Report:
+    dtype = main_dtype(checkpoint.names)
+    return replace(
+        report,
+        parameters=parameters(checkpoint.names),
+        dtype=SHORT.get(dtype) or NARROW.get(dtype) or dtype.lower(),
+        quantization=quantization(checkpoint),
+        bytes=checkpoint.bytes,
+    )
+
+
+def _lora(report: Report, checkpoint: Checkpoint, family: Family | None) -> Report:
+    report = replace(report, component="lora")
+    if family is None:
+        return replace(
+            report,
+            problems=(f"{checkpoint.name} is a LoRA for a model that Seedling does not know.",),
+        )
+    return _terms(replace(report, family=family.name, title=family.title), family.licence)
+
+
+def _component(report: Report, found: Found) -> Report:
+    family, kind = found.family, found.component.kind
+    report = replace(
+        report, family=family.name, title=family.title, component=kind, layout=found.layout.name
+    )
+    report = _terms(report, family.licence_of(found.checkpoint))
+    try:
+        if kind == "dit":
+            schedule = schedule_of(found)
+            report = replace(report, variant=schedule.name, reason=schedule.reason)
+        refuse_quantized(found)
+        differences = compare(found, table_of(found, config_of(found), TORCH))
+        report = replace(report, notes=unused_note(differences))
+        refuse_differences(found, differences)
+    except CheckpointError as error:
+        return replace(report, problems=(str(error),))
+    return report
+
+
+def _terms(report: Report, licence: Licence) -> Report:
+    return replace(
+        report, licence=licence.name, commercial=licence.commercial, notice=licence.notice
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _count(number: int) -> str:
+    """7.08 billion, 170 million, 1234."""
+    for unit, word in ((1e9, "billion"), (1e6, "million")):
+        if number >= unit:
+            return f"{number / unit:.3g} {word}"
+    return str(number)
