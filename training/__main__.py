@@ -1,0 +1,58 @@
+"""Train the embedded model: `python -m seedling.training STAGE --run FOLDER --minutes M`.
+
+Stages in order: tokenizer, vae, reader, student, export, evaluate. Every stage goes on where it
+stopped; `--minutes` is the stage's whole wall-clock budget, earlier runs included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+STAGES = ("tokenizer", "vae", "reader", "student", "export")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m seedling.training", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/tiny"), help="folder of checkpoints and logs"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="the stage's budget of wall-clock time"
+    )
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="where export writes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.stage == "tokenizer":
+        from .data import draw
+        from .prompts import train_tokenizer
+
+        rng = np.random.default_rng(0)
+        texts = [draw(rng, (0.5, 0.3, 0.2)).prompt for _ in range(20000)]
+        train_tokenizer(texts, options.run / "tokenizer.json")
+    elif options.stage == "vae":
+        from .autoencoder import train as train_vae
+
+        train_vae(options.run, options.minutes)
+    elif options.stage == "reader":
+        from .transformer import read
+
+        read(options.run, options.minutes)
+    elif options.stage == "student":
+        from .transformer import train as train_student
+
+        train_student(options.run, options.minutes)
+    else:
+        from .export import export
+
+        for path in export(options.run, options.assets):
+            print(path, f"{path.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Train the embedded encoder and DiT: flow matching, jointly on text-to-image, edits and compositions.
+
+First the encoder alone learns to read (`read`), from captions and instructions to the layout of the
+picture. Then both train together (`train`). The prefix of a row is computed once and serves several
+noise levels, as in the engine; target and references share the engine's centred rotary grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model_loaders.families.qwen_image_21.dit import DiT, DiTConfig, Prefix
+from .data import Batch, Feed
+from .heads import LayoutHead, TokenHead
+from .projection import Projection
+from .prompts import Prompts, build_encoder
+from .runs import Average, Budget, Run, warm_stable_decay
+
+DIT = DiTConfig(
+    in_channels=64, layers=7, heads=6, head_dim=32, context_dim=192, mlp_dim=576, axes=(4, 14, 14)
+)
+MIDDLE = 3  # the block whose output the token head reads
+DRAWS = 2  # noise levels per prefix
+SHARES = (0.42, 0.36, 0.22)  # text-to-image, edit, composition
+
+
+def optimizers(*modules: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for everything else (embeddings, first, last, norms, heads)."""
+    matrices, others = [], []
+    for module in modules:
+        for name, p in module.named_parameters():
+            inner = "transformer_blocks" in name or ".layers." in name or ".blocks." in name
+            (matrices if inner and p.ndim == 2 else others).append(p)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+class Student(nn.Module):
+    """Everything that is trained: encoder, DiT and the two heads."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__()
+        self.reader = build_encoder(prompts)
+        self.encoder = self.reader.model
+        self.dit = DiT(DIT)
+        self.layout = LayoutHead(DIT.context_dim)
+        self.tokens = TokenHead(DIT.dim)
+        for name, p in self.dit.named_parameters():
+            if p.ndim == 2:
+                last = name.endswith(
+                    ("proj_out.weight", "norm_out.linear.weight", "modulation.1.weight")
+                )
+                nn.init.normal_(p, std=0.002 if last else p.shape[1] ** -0.5)
+        self.middle: list[Tensor] = []
+        self.dit.transformer_blocks[MIDDLE].register_forward_hook(
+            lambda module, args, output: self.middle.append(output)
+        )
+
+
+def many(prefix: Prefix, draws: int) -> Prefix:
+    """The prefix with every row repeated, for several targets per prefix."""
+    keys = [k.repeat_interleave(draws, 0) for k in prefix.keys]
+    values = [v.repeat_interleave(draws, 0) for v in prefix.values]
+    return Prefix(keys, values, prefix.length, prefix.position, prefix.rotations)
+
+
+def noise_levels(count: int, shift: float = 0.3) -> Tensor:
+    """Stratified logit-normal times in 0..1, a little towards noise."""
+    u = ((torch.arange(count) + torch.rand(count)) / count)[torch.randperm(count)]
+    return torch.sigmoid(shift + torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+
+
+def losses(student: Student, vae: Projection, prompts: Prompts, batch: Batch) -> dict[str, Tensor]:
+    """Flow-matching loss and the two heads' losses of one batch."""
+    pixels = batch.pictures.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, R + 1, 4, 128, 128)
+    b, images = pixels.shape[:2]
+    with torch.no_grad():
+        latents = vae.encode(pixels.flatten(0, 1)).unflatten(0, (b, images))
+    hidden, slots = prompts.encode(student.reader, batch.ids, batch.pictures[:, :-1])
+    layout, read = student.layout(hidden, batch.layout)
+    student.middle.clear()
+    references = [latents[:, i] for i in range(images - 1)]
+    prefix = student.dit.prefix(hidden, slots, references)
+    target = latents[:, -1].repeat_interleave(DRAWS, 0)
+    t = noise_levels(b * DRAWS)
+    noise = torch.randn_like(target)
+    mixed = torch.lerp(target, noise, t[:, None, None, None])
+    velocity = student.dit(mixed, t, many(prefix, DRAWS))
+    before, after = student.middle
+    labels = batch.labels[:, -1].repeat_interleave(DRAWS, 0)
+    tokens, seen = student.tokens(after, labels)
+    if images > 1:
+        grid = torch.repeat_interleave(slots, torch.where(slots, 4, 1))
+        shown = batch.labels[:, :-1].transpose(1, 2).flatten(2)
+        tokens = tokens + 0.5 * student.tokens(before[:, grid], shown)[0]
+    flow = (velocity - (noise - target)).square().mean()
+    return {"flow": flow, "layout": layout, "tokens": tokens, "read": read, "seen": seen}
+
+
+def fresh(folder: Path, stage: str) -> tuple[Run, Student, Prompts, dict]:
+    torch.manual_seed(0)
+    run, prompts = Run(folder, stage), Prompts(folder / "tokenizer.json")
+    student = Student(prompts)
+    return run, student, prompts, run.load() or {}
+
+
+def read(folder: Path, minutes: float, batch: int = 32, rate: float = 2e-3) -> None:
+    """Teach the encoder to read: caption in, layout of the picture out. Pictures come with `train`."""
+    run, student, prompts, state = fresh(folder, "reader")
+    trained = nn.ModuleDict({"encoder": student.encoder, "layout": student.layout})
+    steppers = optimizers(trained, rate=rate)
+    if state:
+        trained.load_state_dict(state["weights"])
+    budget = Budget(minutes, state.get("minutes", 0.0))
+    step = first = state.get("step", 0)
+    words = folder / "tokenizer.json"
+    feed = Feed(words, 1000 + first, batch, (1.0, 0.0, 0.0), pictures=False, level=3)
+    for step in budget.steps(first, "reader"):
+        rows = next(feed)
+        hidden, _ = prompts.encode(student.reader, rows.ids, rows.pictures[:, :-1])
+        loss, right = student.layout(hidden, rows.layout)
+        _advance(trained, steppers, loss, rate * warm_stable_decay(step, budget.progress))
+        if step % 50 == 0:
+            run.log(step=step, minutes=budget.spent, loss=loss.item(), right=right.item())
+        if run.due():
+            run.save(weights=trained.state_dict(), step=step, minutes=budget.spent)
+    run.save(weights=trained.state_dict(), step=step, minutes=budget.spent)
+
+
+def train(folder: Path, minutes: float, batch: int = 32, rate: float = 1.5e-3) -> None:
+    """Joint flow-matching training; goes on where it stopped."""
+    run, student, prompts, state = fresh(folder, "student")
+    vae = Projection(folder)
+    average = Average(student)
+    steppers = optimizers(student, rate=rate)
+    if state:
+        student.load_state_dict(state["weights"])
+        average.values = state["average"]
+        for stepper, saved in zip(steppers, state["steppers"], strict=True):
+            stepper.load_state_dict(saved)
+    elif (reader := Run(folder, "reader").load()) is not None:
+        student.load_state_dict(reader["weights"], strict=False)
+    budget = Budget(minutes, state.get("minutes", 0.0))
+    step, samples = state.get("step", 0), state.get("samples", 0)
+    feed = Feed(folder / "tokenizer.json", 5000 + step, batch, SHARES)
+
+    def save(name: str | None = None) -> None:
+        run.save(name, weights=student.state_dict(), average=average.values, step=step, samples=samples,
+                 steppers=[s.state_dict() for s in steppers], minutes=budget.spent, dit=asdict(DIT),
+                 encoder=student.reader.config.to_json())  # fmt: skip
+
+    for step in budget.steps(step, "student"):
+        rows = next(feed)
+        parts = losses(student, vae, prompts, rows)
+        loss = parts["flow"] + 0.2 * parts["tokens"] + 0.1 * parts["layout"]
+        _advance(student, steppers, loss, rate * warm_stable_decay(step, budget.progress))
+        average.update(student, step)
+        samples += len(rows.ids)
+        if step % 25 == 0:
+            run.log(step=step, samples=samples, minutes=budget.spent, references=rows.pictures.shape[1] - 1,
+                    **{k: round(v.item(), 4) for k, v in parts.items()})  # fmt: skip
+        if run.due():
+            save()
+    save()
+
+
+def _advance(module: nn.Module, steppers: list, loss: Tensor, rate: float) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = rate
+        stepper.step()
+        stepper.zero_grad()
