@@ -7,12 +7,13 @@ stopped; `--minutes` is the stage's whole wall-clock budget, earlier runs includ
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-STAGES = ("tokenizer", "vae", "reader", "student", "export")
+STAGES = ("tokenizer", "vae", "reader", "student", "export", "evaluate")
 
 
 def main() -> None:
@@ -26,6 +27,10 @@ def main() -> None:
     )
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="where export writes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/scores"), help="where evaluate writes"
+    )
+    parser.add_argument("--count", type=int, default=500, help="held-out prompts of each kind")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage == "tokenizer":
@@ -46,7 +51,12 @@ def main() -> None:
     elif options.stage == "student":
         from .transformer import train as train_student
 
-        train_student(options.run, options.minutes)
+        train_student(options.run, options.minutes, options.assets)
+    elif options.stage == "evaluate":
+        from .evaluate import evaluate, from_assets
+
+        results = evaluate(from_assets(options.assets), options.out, options.count)
+        print(json.dumps(results, indent=1))
     else:
         from .export import export
 

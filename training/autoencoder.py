@@ -7,6 +7,7 @@ pairs (silu(x) - silu(-x) = x), the RMS norm held still by one large constant ch
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ ENCODER_DIM, DECODER_DIM = 144, 160
 ENCODER_CONSTANT, DECODER_CONSTANT = 300.0, 32.0
 
 
-def _still(norm: nn.Module, constant: float, signal: int) -> None:
+def _still(norm: Any, constant: float, signal: int) -> None:
     """Make an RMS norm pass channels 0..signal through, given a channel of value `constant`."""
     gamma = norm.gamma.data
     gamma.fill_(constant / gamma.shape[0] ** 0.5)
@@ -28,7 +29,7 @@ def _still(norm: nn.Module, constant: float, signal: int) -> None:
 
 
 @torch.no_grad()
-def linear_vae(projection: Projection) -> VAE:
+def linear_vae(projection: Projection) -> Any:
     """A VAE that is the projection and its inverse, before any training."""
     mean, components, scale = projection.mean, projection.components, projection.scale
     config = VAEConfig(
@@ -36,7 +37,7 @@ def linear_vae(projection: Projection) -> VAE:
         num_res_blocks=1, temporal_downsample=(), patch_size=PATCH,
         latents_mean=(0.0,) * CHANNELS, latents_std=tuple(scale.tolist()),
     )  # fmt: skip
-    vae = VAE(config)
+    vae: Any = VAE(config)
     for name, parameter in vae.named_parameters():
         if name.endswith(("conv2.weight", "conv2.bias", "proj.weight", "proj.bias", "conv1.bias")):
             parameter.zero_()
@@ -47,7 +48,8 @@ def linear_vae(projection: Projection) -> VAE:
     n, encoder, decoder = CHANNELS, vae.encoder, vae.decoder
     centre = (slice(None), slice(None), 1, 1)
 
-    encoder.conv_in.weight.zero_(), encoder.conv_in.bias.zero_()
+    encoder.conv_in.weight.zero_()
+    encoder.conv_in.bias.zero_()
     encoder.conv_in.weight[centre][:n] = components
     encoder.conv_in.weight[centre][n : 2 * n] = -components
     encoder.conv_in.bias[:n], encoder.conv_in.bias[n : 2 * n] = (
@@ -56,7 +58,8 @@ def linear_vae(projection: Projection) -> VAE:
     )
     encoder.conv_in.bias[2 * n] = ENCODER_CONSTANT
     _still(encoder.norm_out, ENCODER_CONSTANT, 2 * n)
-    encoder.conv_out.weight.zero_(), encoder.conv_out.bias.zero_()
+    encoder.conv_out.weight.zero_()
+    encoder.conv_out.bias.zero_()
     encoder.conv_out.weight[centre][:n, :n] = torch.eye(n)
     encoder.conv_out.weight[centre][:n, n : 2 * n] = -torch.eye(n)
     encoder.conv_out.bias[n:] = -10.0  # log variance: the encoder is certain
@@ -119,7 +122,8 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
     vae = start(folder)
     state = run.load() or {}
     vae.load_state_dict(state["weights"])
-    vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
     weights = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     average = Average(vae, 0.998)
@@ -139,9 +143,9 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
         run.save(config=vars(vae.config) | {}, weights=vae.state_dict(), average=average.values,
                  optimizer=optimizer.state_dict(), step=step, minutes=budget.spent)  # fmt: skip
 
-    step = state.get("step", 0)
+    step = first = state.get("step", 0)
     save(step)
-    for step in budget.steps(step, "vae"):
+    for step in budget.steps(first, "vae"):
         for group in optimizer.param_groups:
             group["lr"] = rate * warm_stable_decay(step, budget.progress)
         pixels = pictures(rng, batch)

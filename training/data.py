@@ -38,7 +38,7 @@ class Batch:
     """Rows of equal length.
 
     `ids` (B, L) of the conversation; `pictures` (B, R + 1, 128, 128, 4) uint8, target last;
-    `labels` (B, R + 1, 4, 64) object classes per latent token; `layout` (B, 4, 9) per cell of the target.
+    `labels` (B, R + 1, 4, 64) object classes per latent token; `layout` (B, 4, 9) per cell.
     """
 
     ids: Tensor
@@ -48,7 +48,7 @@ class Batch:
 
 
 def token_classes(scene: world.Scene) -> np.ndarray:
-    """Shape, colour, fill and size ids of the object on each of the 8 x 8 latent tokens, (4, 64)."""
+    """Shape, colour, fill and size of the object on each latent token, (4, 64) ids."""
     owner, classes = world.object_map(scene, SIZE, 8)
     table = np.concatenate([np.zeros((1, 4), np.int64), classes])
     return table[owner.reshape(-1)].T
@@ -126,7 +126,9 @@ class Feed:
     def __init__(self, *args: Any, **options: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.queue = context.Queue(maxsize=6)
-        self.process = context.Process(target=_produce, args=(self.queue, args, options), daemon=True)
+        self.process = context.Process(
+            target=_produce, args=(self.queue, args, options), daemon=True
+        )
         self.process.start()
 
     def __next__(self) -> Batch:

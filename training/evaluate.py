@@ -20,12 +20,14 @@ from ..model_loaders.families.qwen_image_21.dit import DiT, Prefix
 from ..model_loaders.families.qwen_image_21.encoder import Encoder
 from ..model_loaders.families.qwen_image_21.vae import VAE
 from ..model_loaders.family import Schedule
+from ..model_loaders.load import load_dit, load_encoder, load_vae
 from ..sampling.guidance import guided
 from ..sampling.noise import noise
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import sigmas_for
 from . import world
 from .data import SIZE
+from .export import NAME
 from .prompts import Prompts
 
 
@@ -49,6 +51,17 @@ class Model:
     prompts: Prompts
     schedule: Schedule
     sampler: str = "euler"
+
+
+def from_assets(assets: Path) -> Model:
+    """The exported model, loaded as everybody loads it."""
+    dit = load_dit(assets / "diffusion_models" / f"{NAME}.safetensors")
+    vae = load_vae(assets / "vae" / f"{NAME}.safetensors")
+    words = assets / "text_encoders" / f"{NAME}.safetensors"
+    encoder = load_encoder(words).module
+    assert dit.schedule is not None
+    prompts = Prompts(words.with_name(f"{NAME}.tokenizer.json"))
+    return Model(dit.module, encoder, vae.module, prompts, dit.schedule)
 
 
 def text_cases(count: int, objects: int, seed: int, language: str | None = None) -> list[Case]:
@@ -130,8 +143,10 @@ def paint(model: Model, cases: Sequence[Case], *, steps: int, guidance: float, s
     pictures: list[np.ndarray] = [np.empty(0)] * len(cases)
     sigmas = sigmas_for(model.schedule, steps, (SIZE // 16) ** 2)
     for group in by_length(rows, batch):
-        images = torch.from_numpy(np.stack([np.stack(shown[i]) if shown[i] else np.zeros((0, SIZE, SIZE, 4), np.uint8)
-                                            for i in group]))  # fmt: skip
+        none = np.zeros((0, SIZE, SIZE, 4), np.uint8)
+        images = torch.from_numpy(
+            np.stack([np.stack(shown[i]) if shown[i] else none for i in group])
+        )
         pixels = images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
         latents = [model.vae.encode(pixels[:, i]) for i in range(pixels.shape[1])]
         positive = _prefix(model, [rows[i][0] for i in group], images, latents)

@@ -13,9 +13,8 @@ from torch import Tensor
 from .runs import Run
 
 NAME = "seedling-tiny"
-CARD = {
-    "title": "Seedling Tiny (embedded demonstration model)",
-    "licence": "Apache-2.0",
+CARD = {"title": "Seedling Tiny (embedded demonstration model)", "licence": "Apache-2.0"}
+SAMPLING = {
     "resolution": 128,
     "schedule": {"steps": 12, "guidance": 2.5},
 }
@@ -31,7 +30,7 @@ def export(folder: Path, assets: Path, dtype: torch.dtype = torch.bfloat16) -> l
     weights = student["average"]
     written = [
         _write(
-            assets / "diffusion_models", _part(weights, "dit."), {**CARD, **student["dit"]}, dtype
+            assets / "diffusion_models", _part(weights, "dit."), SAMPLING | student["dit"], dtype
         ),
         _write(assets / "vae", vae.get("average", vae["weights"]), vae["config"], dtype),
         _write(assets / "text_encoders", _part(weights, "encoder."), student["encoder"], dtype),
@@ -49,5 +48,5 @@ def _write(folder: Path, weights: dict[str, Tensor], config: dict, dtype: torch.
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{NAME}.safetensors"
     tensors = {k: v.to(dtype).contiguous() for k, v in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt", "config": json.dumps(config)})
+    save_file(tensors, path, metadata={"format": "pt", "config": json.dumps(CARD | config)})
     return path

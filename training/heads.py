@@ -22,7 +22,7 @@ class TokenHead(nn.Module):
         self.out = nn.Linear(dim, sum(KINDS))
 
     def forward(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, tokens, dim), labels (B, 4, tokens) -> mean cross-entropy, accuracy on objects."""
+        """hidden (B, tokens, dim), labels (B, 4, tokens) -> cross-entropy, accuracy on objects."""
         return class_loss(self.out(self.norm(hidden)), labels)
 
 
@@ -56,9 +56,9 @@ def class_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     taken = labels[:, 0] > 0
     weight = torch.where(taken, 1.0, 0.33)
     weight = weight / weight.sum()
-    loss = sum(
+    losses = [
         (F.cross_entropy(part.transpose(1, 2), labels[:, i], reduction="none") * weight).sum()
         for i, part in enumerate(parts)
-    )
+    ]
     right = (parts[0].argmax(-1) == labels[:, 0]) & (parts[1].argmax(-1) == labels[:, 1])
-    return loss / len(KINDS), right[taken].float().mean()
+    return torch.stack(losses).mean(), right[taken].float().mean()

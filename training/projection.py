@@ -1,7 +1,7 @@
-"""The embedded VAE's encoder as the one matrix that it is: principal components of 16 x 16 RGBA patches.
+"""The embedded VAE's encoder as the one matrix that it is: a projection of 16 x 16 RGBA patches.
 
-Sixty-four of them are a good f16 encoder from the first second, and they never change, so the DiT can
-train on their latents while the decoder (`autoencoder.py`) still learns.
+The first 64 principal components are a good f16 encoder from the first second, and they never
+change, so the DiT can train on their latents while the decoder (`autoencoder.py`) still learns.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ TOKENS_PER_SLOT_SIDE = 32  # pixels
 
 
 def words_of(text: str) -> list[str]:
-    """Chinese has no spaces: cut at the world's words, so that no token is learned across two of them."""
+    """Chinese has no spaces: cut at the world's words, so that no token spans two of them."""
     known = {
         w
         for table in (CHINESE, CHINESE_PLACES, CHINESE_RELATIONS)
@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, size: int = VOCABULARY) ->
     )
     learner.train_from_iterator(itertools.chain([FRAME] * 2000, pieces), trainer)
     model = json.loads(learner.to_str())["model"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = [(left, right) for left, right in model["merges"]]
     path.parent.mkdir(parents=True, exist_ok=True)
     byte_level_bpe(model["vocab"], merges).save(str(path))
 
@@ -71,7 +71,10 @@ class Prompts:
         return self.tokenizer.prompt("", []).dropped
 
     def encode(self, encoder: Encoder, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, L), pictures uint8 (B, R, H, W, 4) -> hidden (B, L', C) and slots (L',), system turn dropped."""
+        """What the DiT reads: hidden states (B, L', C) and slots (L',), system turn dropped.
+
+        `ids` (B, L) are whole conversations, `pictures` (B, R, H, W, 4) uint8 their references.
+        """
         b, r, h, w, _ = pictures.shape
         if r:
             rows = on_white(pictures.reshape(b * r * h, w, 4) / 255)  # (3, B * R * H, W)
@@ -85,9 +88,10 @@ class Prompts:
 
 def encoder_config(prompts: Prompts) -> EncoderConfig:
     return tiny_config(
-        prompts.tokenizer.size, hidden=192, layers=3, heads=6, kv_heads=2, head_dim=32, intermediate=512,
-        vision_hidden=128, vision_depth=2, vision_heads=4, vision_intermediate=256, vision_positions=64,
-        deepstack=(0,),
+        prompts.tokenizer.size,
+        hidden=192, layers=3, heads=6, kv_heads=2, head_dim=32, intermediate=512,
+        vision_hidden=128, vision_depth=2, vision_heads=4, vision_intermediate=256,
+        vision_positions=64, deepstack=(0,),
     )  # fmt: skip
 
 

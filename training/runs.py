@@ -1,4 +1,4 @@
-"""What every training stage shares: a run folder, checkpoints that resume, a log, a progress bar."""
+"""What training stages share: a folder, checkpoints that resume, a log, a progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class Run:
-    """One stage's folder: `<stage>.pt` (last checkpoint, written whole or not at all) and `<stage>.jsonl`."""
+    """A stage's `<stage>.pt` (last checkpoint, written whole or not at all) and `<stage>.jsonl`."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder, self.stage = Path(folder), stage
@@ -48,7 +48,7 @@ class Run:
 
 
 class Budget:
-    """Progress in 0..1 through a wall-clock budget of `minutes`, `spent` of them in earlier runs."""
+    """Progress in 0..1 through a budget of wall-clock `minutes`, some `spent` in earlier runs."""
 
     def __init__(self, minutes: float, spent: float = 0.0) -> None:
         self.minutes, self.before, self.start = minutes, spent, time.monotonic()
@@ -62,7 +62,7 @@ class Budget:
         return min(1.0, self.spent / self.minutes)
 
     def steps(self, first: int, name: str) -> Iterator[int]:
-        """Step numbers until the budget is used up, under a progress bar in percent of the budget."""
+        """Step numbers until the budget is used up, under a progress bar in minutes."""
         with tqdm(total=self.minutes, initial=self.spent, desc=name, unit="min") as bar:
             step = first
             while self.progress < 1:
@@ -72,12 +72,12 @@ class Budget:
 
 
 def warm_stable_decay(step: int, progress: float, warm: int = 200, decay: float = 0.25) -> float:
-    """Learning-rate factor: linear warm-up in steps, constant, linear to zero over the last `decay`."""
+    """Factor of the learning rate: warm-up in steps, constant, to zero over the last `decay`."""
     return min(1.0, (step + 1) / warm) * min(1.0, (1 - progress) / decay)
 
 
 class Average:
-    """Exponential moving average of a module's parameters, ramped up so that the start is forgotten."""
+    """Exponential moving average of a module's weights that soon forgets the start."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay = decay

@@ -1,4 +1,4 @@
-"""Train the embedded encoder and DiT: flow matching, jointly on text-to-image, edits and compositions.
+"""Train the embedded encoder and DiT: flow matching on text-to-image, edits, compositions.
 
 First the encoder alone learns to read (`read`), from captions and instructions to the layout of the
 picture. Then both train together (`train`). The prefix of a row is computed once and serves several
@@ -7,14 +7,19 @@ noise levels, as in the engine; target and references share the engine's centred
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..model_loaders.families.qwen_image_21.dit import DiT, DiTConfig, Prefix
+from ..model_loaders.families.qwen_image_21.vae import VAE
+from ..model_loaders.load import load_vae
 from .data import Batch, Feed
+from .export import NAME
 from .heads import LayoutHead, TokenHead
 from .projection import Projection
 from .prompts import Prompts, build_encoder
@@ -29,7 +34,7 @@ SHARES = (0.42, 0.36, 0.22)  # text-to-image, edit, composition
 
 
 def optimizers(*modules: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for everything else (embeddings, first, last, norms, heads)."""
+    """Muon for the hidden matrices, AdamW for embeddings, first and last layers, norms, heads."""
     matrices, others = [], []
     for module in modules:
         for name, p in module.named_parameters():
@@ -58,9 +63,11 @@ class Student(nn.Module):
                 )
                 nn.init.normal_(p, std=0.002 if last else p.shape[1] ** -0.5)
         self.middle: list[Tensor] = []
-        self.dit.transformer_blocks[MIDDLE].register_forward_hook(
-            lambda module, args, output: self.middle.append(output)
-        )
+
+        def keep(block: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self.middle.append(output)
+
+        self.dit.transformer_blocks[MIDDLE].register_forward_hook(keep)
 
 
 def many(prefix: Prefix, draws: int) -> Prefix:
@@ -76,7 +83,9 @@ def noise_levels(count: int, shift: float = 0.3) -> Tensor:
     return torch.sigmoid(shift + torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
 
 
-def losses(student: Student, vae: Projection, prompts: Prompts, batch: Batch) -> dict[str, Tensor]:
+def losses(
+    student: Student, vae: Projection | VAE, prompts: Prompts, batch: Batch
+) -> dict[str, Tensor]:
     """Flow-matching loss and the two heads' losses of one batch."""
     pixels = batch.pictures.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, R + 1, 4, 128, 128)
     b, images = pixels.shape[:2]
@@ -111,7 +120,7 @@ def fresh(folder: Path, stage: str) -> tuple[Run, Student, Prompts, dict]:
 
 
 def read(folder: Path, minutes: float, batch: int = 32, rate: float = 2e-3) -> None:
-    """Teach the encoder to read: caption in, layout of the picture out. Pictures come with `train`."""
+    """Teach the encoder to read: caption in, layout out. Pictures come with `train`."""
     run, student, prompts, state = fresh(folder, "reader")
     trained = nn.ModuleDict({"encoder": student.encoder, "layout": student.layout})
     steppers = optimizers(trained, rate=rate)
@@ -133,41 +142,83 @@ def read(folder: Path, minutes: float, batch: int = 32, rate: float = 2e-3) -> N
     run.save(weights=trained.state_dict(), step=step, minutes=budget.spent)
 
 
-def train(folder: Path, minutes: float, batch: int = 32, rate: float = 1.5e-3) -> None:
-    """Joint flow-matching training; goes on where it stopped."""
+def train(
+    folder: Path, minutes: float, assets: Path, batch: int = 16, rate: float = 1.2e-3
+) -> None:
+    """Joint flow-matching training; goes on where it stopped.
+
+    A run that has not begun starts from its reader, or without one from the exported model.
+    """
+    begin(folder, assets)
     run, student, prompts, state = fresh(folder, "student")
-    vae = Projection(folder)
+    vae = latents_of(folder, assets)
     average = Average(student)
     steppers = optimizers(student, rate=rate)
-    if state:
-        student.load_state_dict(state["weights"])
+    student.load_state_dict(state["weights"], strict="steppers" in state)
+    if "steppers" in state:
         average.values = state["average"]
         for stepper, saved in zip(steppers, state["steppers"], strict=True):
             stepper.load_state_dict(saved)
-    elif (reader := Run(folder, "reader").load()) is not None:
-        student.load_state_dict(reader["weights"], strict=False)
     budget = Budget(minutes, state.get("minutes", 0.0))
-    step, samples = state.get("step", 0), state.get("samples", 0)
-    feed = Feed(folder / "tokenizer.json", 5000 + step, batch, SHARES)
+    step = first = state.get("step", 0)
+    samples = state.get("samples", 0)
+    feed = Feed(folder / "tokenizer.json", 5000 + first, batch, SHARES)
 
-    def save(name: str | None = None) -> None:
-        run.save(name, weights=student.state_dict(), average=average.values, step=step, samples=samples,
-                 steppers=[s.state_dict() for s in steppers], minutes=budget.spent, dit=asdict(DIT),
-                 encoder=student.reader.config.to_json())  # fmt: skip
+    def save() -> None:
+        run.save(
+            weights=student.state_dict(),
+            average=average.values,
+            steppers=[s.state_dict() for s in steppers],
+            step=step,
+            samples=samples,
+            minutes=budget.spent,
+            dit=asdict(DIT),
+            encoder=student.reader.config.to_json(),
+        )
 
-    for step in budget.steps(step, "student"):
+    for step in budget.steps(first, "student"):
         rows = next(feed)
         parts = losses(student, vae, prompts, rows)
         loss = parts["flow"] + 0.2 * parts["tokens"] + 0.1 * parts["layout"]
         _advance(student, steppers, loss, rate * warm_stable_decay(step, budget.progress))
         average.update(student, step)
         samples += len(rows.ids)
-        if step % 25 == 0:
-            run.log(step=step, samples=samples, minutes=budget.spent, references=rows.pictures.shape[1] - 1,
-                    **{k: round(v.item(), 4) for k, v in parts.items()})  # fmt: skip
+        if step % 50 == 0:
+            shown = {key: round(value.item(), 4) for key, value in parts.items()}
+            references = rows.pictures.shape[1] - 1
+            run.log(
+                step=step, samples=samples, minutes=budget.spent, references=references, **shown
+            )
         if run.due():
             save()
     save()
+
+
+def begin(folder: Path, assets: Path) -> None:
+    """Give a run without a student its first weights: the reader's, or those in `assets`."""
+    run = Run(folder, "student")
+    if run.path.exists():
+        return
+    reader = Run(folder, "reader").load()
+    if reader is not None:
+        run.save(weights=reader["weights"])
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    words = assets / "text_encoders" / f"{NAME}.tokenizer.json"
+    shutil.copyfile(words, folder / "tokenizer.json")
+    weights = {}
+    for part, place in (("dit.", "diffusion_models"), ("encoder.", "text_encoders")):
+        for key, value in load_file(assets / place / f"{NAME}.safetensors").items():
+            weights[part + key] = value.float()
+    run.save(weights=weights)
+
+
+def latents_of(folder: Path, assets: Path) -> Projection | VAE:
+    """What makes the latents: the run's projection, or the exported VAE that knows it by heart."""
+    exported = assets / "vae" / f"{NAME}.safetensors"
+    if (folder / "projection.pt").exists() or not exported.exists():
+        return Projection(folder)
+    return load_vae(exported).module
 
 
 def _advance(module: nn.Module, steppers: list, loss: Tensor, rate: float) -> None:
