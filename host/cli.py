@@ -1,0 +1,235 @@
+"""The command `seedling`: what may be typed, and what becomes of errors.
+
+Exit codes: 0 done, 2 refused (one sentence on stderr says why), 130 stopped with Ctrl-C. A bug is
+a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+Command = Callable[[argparse.Namespace, list[Path]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Raises SystemExit for words that cannot be parsed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a prompt's letters
+            stream.reconfigure(errors="backslashreplace")
+    given = parser().parse_args(arguments)
+    saved: list[Path] = []
+    try:
+        return given.command(given, saved)
+    except KeyboardInterrupt:
+        print(f"\nStopped. {_kept(saved)}", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        text = f"seedling: {error}"
+        print(text if not saved else f"{text}\n{_kept(saved)}", file=sys.stderr)
+        return 2
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised it on purpose: a class of its own, of whatever family."""
+    package = __name__.rpartition(".")[0].rpartition(".")[0]
+    return type(error).__module__.startswith(f"{package}.")
+
+
+def _kept(saved: list[Path]) -> str:
+    if not saved:
+        return "Nothing was saved."
+    if len(saved) > 8:
+        return f"Saved before: {len(saved)} pictures, {saved[0]} to {saved[-1]}"
+    return f"Saved before: {', '.join(map(str, saved))}"
+
+
+def _say(text: str) -> None:
+    """Print above the progress bar, if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ---- commands: heavy imports inside, so that --help is quick -----------------------------------
+
+
+def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .generate import Order, generate
+    from .recipe import read_recipe
+
+    if given.recipe:
+        if given.repeat is None:
+            _misused(given, "--recipe shows the recipe of the picture named with --from")
+        _say(read_recipe(given.repeat).text())
+        return 0
+    order = Order(
+        prompts=_prompts(given),
+        references=tuple(given.reference),
+        repeat=given.repeat,
+        weights=_weights(given),
+        size=given.size,
+        steps=given.steps,
+        guidance=given.guidance,
+        negative=given.negative,
+        seed=given.seed,
+        sampler=given.sampler,
+        resolution=given.resolution,
+        count=given.count,
+        device=given.device,
+        out=given.out,
+        sheet=given.sheet,
+    )
+    generate(order, saved, _say)
+    return 0
+
+
+def _misused(given: argparse.Namespace, text: str) -> NoReturn:
+    """Refuse options that do not go together, as argparse does."""
+    given.parser.error(text)
+    raise AssertionError
+
+
+def _prompts(given: argparse.Namespace) -> tuple[str, ...]:
+    """The prompt on the command line, or those in a file: one a line, # begins a comment."""
+    from .generate import OrderError
+
+    if given.prompts is None:
+        return () if given.prompt is None else (given.prompt,)
+    if given.prompt is not None:
+        _misused(given, "give a prompt or --prompts FILE, not both")
+    try:
+        lines = given.prompts.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise OrderError(f"{given.prompts} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise OrderError(f"{given.prompts} is not UTF-8 text; save it as UTF-8.") from error
+    prompts = tuple(s for line in lines if (s := line.strip()) and not s.startswith("#"))
+    if not prompts:
+        raise OrderError(f"{given.prompts} holds no prompt; write one in each line.")
+    return prompts
+
+
+def _demo(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .demo import Show, demo
+
+    show = Show(
+        picture=given.picture,
+        instruction=given.instruction,
+        out=given.out,
+        seed=given.seed,
+        weights=_weights(given),
+        device=given.device,
+    )
+    demo(show, saved, _say)
+    return 0
+
+
+def _inspect(given: argparse.Namespace, saved: list[Path]) -> int:
+    from ..model_loaders.inspect import inspect
+
+    report = inspect(given.file)
+    print(report.json() if given.json else report.words())
+    return report.exit_code
+
+
+def _models(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .models import table
+
+    print(table(given.comfyui))
+    return 0
+
+
+def _weights(given: argparse.Namespace):
+    from .models import Choice
+
+    return Choice(given.dit, given.vae, given.encoder, given.comfyui)
+
+
+# ---- what may be typed -------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="seedling", description="Pictures from words, and pictures edited by words."
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_demo(commands)
+    inspect = _command(commands, "inspect", _inspect, "say what a model file is")
+    inspect.add_argument("file", type=Path, metavar="FILE", help=".safetensors file, or a folder")
+    inspect.add_argument("--json", action="store_true", help="as one JSON object")
+    models = _command(commands, "models", _models, "list the model files that are found")
+    _add_comfyui(models)
+    return top
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: Command, words: str
+) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+    made.set_defaults(command=run, parser=made)
+    return made
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands, "generate", _generate, "make pictures from words and reference pictures"
+    ).add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to make, or what to change")
+    add("--reference", action="append", default=[], type=Path, metavar="FILE",
+        help='a picture to edit or to use; repeated: "image 1", "image 2", ...')  # fmt: skip
+    add("--size", metavar="SIZE", help="1024x768, 16:9, 16:9@2K, poster; default: the first "
+        "reference's, else the model's own")  # fmt: skip
+    add("--count", type=int, default=1, metavar="N", help="pictures, with seeds counting up")
+    add("--seed", type=int, metavar="N", help="default: a fresh one, which is shown and saved")
+    add("--steps", type=int, metavar="N", help="default: as the model likes it")
+    add("--guidance", type=float, metavar="X", help="default: as the model likes it; 1 is off")
+    add("--negative", metavar="TEXT", help="what to steer away from, where guidance is not 1")
+    add("--sampler", metavar="NAME", help="euler (default) or dpmpp_2m")
+    add("--resolution", type=int, metavar="N", help="side of the square whose area references "
+        "are brought to; 0 keeps each as large as it is")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="a prompt in each line, # for comments")
+    add("--out", type=Path, default=Path(), metavar="PATH",
+        help="folder, or a new PNG file; default: here, seedling_00001.png and up")  # fmt: skip
+    add("--sheet", action="store_true", help="a contact sheet of all pictures too")
+    add("--from", dest="repeat", type=Path, metavar="PNG", help="make a picture again, exactly; "
+        "other options change what they say")  # fmt: skip
+    add("--recipe", action="store_true", help="only show the recipe in the --from picture")
+    _add_weights(add)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    made = _command(commands, "demo", _demo, "make a picture of each kind, and a sheet of them")
+    add = made.add_argument
+    add("instruction", nargs="?", metavar="INSTRUCTION", help="how to change the picture")
+    add("--picture", type=Path, metavar="FILE", help="a picture of yours to edit")
+    add("--out", type=Path, default=Path("seedling-demo"), metavar="FOLDER")
+    add("--seed", type=int, default=0, metavar="N")
+    _add_weights(add)
+
+
+def _add_weights(add: Callable) -> None:
+    add("--dit", metavar="FILE", help="diffusion model: a path, a diffusers folder, or a name in "
+        "the model folders; default: the embedded model")  # fmt: skip
+    add("--vae", metavar="FILE", help="VAE; default: the one in --dit's folder")
+    add("--encoder", metavar="FILE", help="text encoder; default: the one in --dit's folder")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+    _add_comfyui(add)
+
+
+def _add_comfyui(add: Callable | argparse.ArgumentParser) -> None:
+    add = add.add_argument if isinstance(add, argparse.ArgumentParser) else add
+    add("--comfyui", type=Path, metavar="DIR", help="ComfyUI's folder, whose models are found by "
+        "name; default: the variable COMFYUI_DIR")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

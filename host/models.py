@@ -1,0 +1,205 @@
+"""Where model files are: the embedded model in assets/, ComfyUI's folders, or wherever you say."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..model_loaders.checkpoint import Checkpoint
+from ..model_loaders.family import Kind
+from ..model_loaders.inspect import Report, inspect
+from ..model_loaders.load import FOLDERS
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED = "seedling-tiny.safetensors"
+KINDS: tuple[Kind, ...] = ("dit", "vae", "encoder")
+TITLES: dict[Kind, str] = {
+    "dit": "diffusion models",
+    "vae": "VAEs",
+    "encoder": "text encoders",
+}
+# ComfyUI's names under models/, today's first; assets/ has today's.
+COMFYUI: dict[Kind, tuple[str, ...]] = {
+    "dit": ("diffusion_models", "unet"),
+    "vae": ("vae",),
+    "encoder": ("text_encoders", "clip"),
+}
+SAMPLES, SAMPLE = 256, 4096  # of a weight file, for its fingerprint
+
+
+class ModelsError(ValueError):
+    """Model files that are not where they are looked for; the message says where to put them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user said about weights: paths, or names in the folders of `comfyui`."""
+
+    dit: str | None = None
+    vae: str | None = None
+    encoder: str | None = None
+    comfyui: Path | None = None
+
+    def get(self, kind: Kind) -> str | None:
+        return {"dit": self.dit, "vae": self.vae, "encoder": self.encoder}[kind]
+
+
+def choose(choice: Choice) -> dict[Kind, Path]:
+    """The three files to load. Raises ModelsError.
+
+    Without any word it is the embedded model. A diffusers folder given as --dit brings its VAE and
+    its encoder along; a single file does not, because nothing in it says which ones it needs.
+    """
+    given: dict[Kind, str | None] = {kind: choice.get(kind) for kind in KINDS}
+    if not any(given.values()):
+        return embedded()
+    found: dict[Kind, Path] = {
+        kind: look_up(kind, name, choice.comfyui) for kind, name in given.items() if name
+    }
+    whole = _pipeline_around(found.get("dit"))
+    for kind in KINDS:
+        if kind not in found and whole and (whole / FOLDERS[kind]).is_dir():
+            found[kind] = whole
+    missing = [f"--{kind}" for kind in KINDS if kind not in found]
+    if missing:
+        words = " and ".join(f"--{kind} {name}" for kind, name in given.items() if name)
+        raise ModelsError(
+            f"{words} needs {' and '.join(missing)} too: the files that were published with it, or "
+            f"{EMBEDDED} for the embedded one."
+        )
+    return found
+
+
+def _pipeline_around(dit: Path | None) -> Path | None:
+    """The diffusers folder that `dit` is, or is the transformer/ of."""
+    places = [dit, dit.parent] if dit and dit.is_dir() else []
+    return next((place for place in places if (place / "model_index.json").is_file()), None)
+
+
+def embedded() -> dict[Kind, Path]:
+    """The files of the embedded model; ModelsError when they are not there."""
+    files: dict[Kind, Path] = {kind: ASSETS / COMFYUI[kind][0] / EMBEDDED for kind in KINDS}
+    missing = [f"{file.parent.name}/{file.name}" for file in files.values() if not file.is_file()]
+    if missing:
+        raise ModelsError(
+            f"The embedded model is not complete: assets/ lacks {', '.join(missing)}; get the "
+            "whole repository, or name other weights with --dit, --vae and --encoder."
+        )
+    return files
+
+
+def is_embedded(path: Path) -> bool:
+    return path.resolve().is_relative_to(ASSETS)
+
+
+def look_up(kind: Kind, name: str, comfyui: Path | None = None) -> Path:
+    """The file or folder that `name` means: a path, or a name in one of the model folders."""
+    return Path(name) if Path(name).exists() else named(kind, name, comfyui)
+
+
+def named(kind: Kind, name: str, comfyui: Path | None = None) -> Path:
+    """The file called `name` (its ending may be left out) in one of the model folders."""
+    roots = folders(kind, comfyui)
+    for root in roots:
+        found = _named(root, name)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = " and ".join(map(str, found[:4]))
+            raise ModelsError(f"--{kind} {name} could be {some}; give the path of one of them.")
+    places = ", ".join(map(str, roots))
+    hint = "" if len(roots) > 1 else "; --comfyui DIR or COMFYUI_DIR adds ComfyUI's folders"
+    raise ModelsError(f"--{kind} {name} is no file, and nothing in {places} is called so{hint}.")
+
+
+def folders(kind: Kind, comfyui: Path | None = None) -> list[Path]:
+    """Where files of one kind are looked for. `comfyui` wins over the variable COMFYUI_DIR."""
+    roots = [ASSETS / COMFYUI[kind][0]]
+    place = comfyui or (Path(os.environ["COMFYUI_DIR"]) if os.environ.get("COMFYUI_DIR") else None)
+    if place is None:
+        return roots
+    models = place / "models" if (place / "models").is_dir() else place
+    own = [models / name for name in COMFYUI[kind]]
+    if not any((models / name).is_dir() for names in COMFYUI.values() for name in names):
+        raise ModelsError(
+            f"{place} is not ComfyUI's folder: it has no models/{COMFYUI[kind][0]}; correct "
+            f"{'--comfyui' if comfyui else 'COMFYUI_DIR'}."
+        )
+    return roots + [folder for folder in own if folder.is_dir()]
+
+
+def _named(root: Path, name: str) -> list[Path]:
+    """Files under `root` called `name`, with or without the ending, in subfolders too."""
+    wanted = Path(name)
+    if wanted.is_absolute() or ".." in wanted.parts:
+        return []
+    for candidate in (wanted, wanted.with_name(f"{wanted.name}.safetensors")):
+        if (root / candidate).exists():
+            return [root / candidate]
+        below = [path for path in files_in(root) if path.parts[-len(candidate.parts) :] ==
+                 candidate.parts]  # fmt: skip
+        if below:
+            return below
+    return []
+
+
+def files_in(root: Path) -> list[Path]:
+    """All weight files under a folder, those behind links too, sorted."""
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if len(Path(folder).relative_to(root).parts) > 8:  # a link that leads back up
+            subfolders.clear()
+        found += [Path(folder) / name for name in names if name.endswith(".safetensors")]
+    return sorted(found)
+
+
+def listed(comfyui: Path | None = None) -> Iterator[tuple[Kind, Path, Report]]:
+    """Every weight file that is found by its name, with what it is."""
+    for kind in KINDS:
+        for root in folders(kind, comfyui):
+            for path in files_in(root):
+                yield kind, path, inspect(path)
+
+
+def table(comfyui: Path | None = None) -> str:
+    """What `seedling models` shows: name, family, size, licence; what cannot be used comes last."""
+    lines, seen = [], list(listed(comfyui))
+    for kind in KINDS:
+        own = [(path, report) for k, path, report in seen if k == kind]
+        lines.append(f"{TITLES[kind]} in {', '.join(map(str, folders(kind, comfyui)))}")
+        lines += [_row(path, report) for path, report in own if report.usable]
+        lines += [_row(path, report) for path, report in own if not report.usable]
+        lines += [] if own else ["  none"]
+    return "\n".join(lines)
+
+
+def _row(path: Path, report: Report) -> str:
+    size = f"{(report.bytes or 0) / 1e9:.3f} GB"
+    if not report.usable:
+        return f"  {path.stem:<40} cannot be used: {report.problems[0]}"
+    terms = f"{report.licence}{'' if report.commercial else ', non-commercial'}"
+    return f"  {path.stem:<40} {report.title:<18} {size:>10}  {report.dtype}  {terms}"
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of a checkpoint's header, its size and samples of its bytes: other weights differ.
+
+    Fine-tuned weights have the header and the size of those they began as; so at most 1 MiB from
+    everywhere in each file is read too, however large it is.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.files):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header))
+            begin, last = 8 + header, max(size - SAMPLE, 8 + header)
+            for i in range(SAMPLES):  # the first and the last bytes among them
+                stream.seek(begin + (last - begin) * i // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
