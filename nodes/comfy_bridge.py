@@ -1,0 +1,382 @@
+"""Our networks as ComfyUI's objects: a ModelPatcher, a CLIP and a VAE that core's nodes work with.
+
+The only file that imports `comfy`, and only when it is used. Classes that extend ComfyUI's are made
+inside functions for that reason. Written against ComfyUI 0.33.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
+from ..quant.operations import Operations
+from ..sampling import SamplingError
+from ..sampling.noise import batch_noise
+from ..sampling.samplers import sampler
+from ..sampling.schedules import resolution_shift
+from .adapters import (
+    Frames,
+    TextModel,
+    Words,
+    directly,
+    is_plain,
+    memory_factor,
+    without_alpha,
+)
+from .runtime import Prefix, Report, Run, one_by_one, preview_of
+
+PREVIEW_SIDE = 512
+
+
+class ComfyUI:
+    """The runtime inside ComfyUI."""
+
+    def load(self, kind: str, path: str, dtype: torch.dtype | None) -> Any:
+        return {"dit": load_model, "encoder": load_clip, "vae": load_our_vae}[kind](path, dtype)
+
+    def loaded(self, thing: Any) -> Loaded | None:
+        for name in ("model", "cond_stage_model", "first_stage_model"):
+            inner = getattr(thing, name, None)
+            if inner is not None and hasattr(inner, "seedling"):
+                return inner.seedling
+        return None
+
+    def read(self, clip: Any, prompt: str, images: list[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = clip.tokenize(prompt, images=images)
+        (hidden, extra), *_ = clip.encode_from_tokens_scheduled(tokens)
+        return hidden, extra["slots"]
+
+    def encode(self, vae: Any, image: Tensor) -> Tensor:
+        return vae.encode(image[None])
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        return vae.decode(latents)
+
+    def fit(self, model: Any, latent: dict[str, Any]) -> Tensor:
+        import comfy.sample
+
+        factor = latent.get("downscale_ratio_spacial")
+        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], factor)
+        wanted = model.get_model_object("latent_format").latent_channels
+        if samples.shape[1] != wanted:
+            raise SamplingError(
+                f"the latent has {samples.shape[1]} channels, the model needs {wanted}; encode "
+                "the picture with the VAE that belongs to the model."
+            )
+        return samples
+
+    def sample(self, model: Any, run: Run) -> Tensor:
+        import comfy.model_management as memory
+        import comfy.model_sampling
+        import comfy.samplers
+
+        if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+            raise SamplingError(
+                "this model is not a flow model, which is all that this sampler can follow; use "
+                "KSampler for it."
+            )
+        guider = comfy.samplers.CFGGuider(model)
+        conditions = {"positive": run.positive, "negative": run.negative}
+        guider.inner_set_conds({k: v for k, v in conditions.items() if v})
+        guider.set_cfg(run.guidance)
+        done = guider.sample(
+            batch_noise(run.seed, 0, len(run.latents), run.latents.shape[1:]),
+            run.latents,
+            flow_sampler(run, self.loaded(model)),
+            torch.tensor(run.sigmas),
+            denoise_mask=run.mask,
+            disable_pbar=True,
+            seed=run.seed,
+        )
+        return done.to(memory.intermediate_device(), memory.intermediate_dtype())
+
+    def progress(self, total: int) -> Report:
+        import comfy.model_management
+        import comfy.utils
+        from PIL import Image
+
+        bar = comfy.utils.ProgressBar(total)
+
+        def report(done: int, of: int, preview: Tensor | None) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            shown = None
+            if preview is not None:
+                pixels = (preview[..., :3] * 255).round().to(torch.uint8).numpy()
+                shown = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
+            bar.update_absolute(done, of, shown)
+
+        return report
+
+    def tell(self, text: str) -> None:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+        if context is not None and server is not None:
+            server.send_progress_text(text, context.node_id)
+
+
+def operations(compute: torch.dtype | None) -> Operations:
+    """Core's layers, which cast, patch and page their weights; `compute` is what embeddings give.
+
+    Linear and Embedding load weights in torch's way, so that they have some before: core's own way
+    leaves `weight` None until a file is read, and our loader checks names and shapes first.
+    """
+    import comfy.ops
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            nn.Linear._load_from_state_dict(self, *args)
+
+    class Embedding(comfy.ops.manual_cast.Embedding):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            nn.Embedding._load_from_state_dict(self, *args)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input, out_dtype=compute or self.weight.dtype)
+
+    core = comfy.ops.manual_cast
+    return Operations(
+        "comfyui", Linear, core.Conv2d, core.LayerNorm, core.RMSNorm, Embedding, casts=True
+    )
+
+
+# ---- MODEL -------------------------------------------------------------------------------------
+
+
+def load_model(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    """A ModelPatcher around our DiT."""
+    import comfy.model_management as memory
+    import comfy.model_patcher as patching
+
+    loaded = load_dit(path, operations=operations(None), dtype=dtype)
+    kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
+    patcher = kind(
+        base_model(loaded),
+        load_device=memory.get_torch_device(),
+        offload_device=memory.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (load_model, (path, dtype))
+    return patcher
+
+
+def base_model(loaded: Loaded) -> Any:
+    """A BaseModel whose `diffusion_model` is our DiT itself, so LoRA keys are the DiT's names."""
+    import comfy.conds
+    import comfy.model_base
+    import comfy.model_management as memory
+
+    dit = loaded.module
+
+    class Condition(comfy.conds.CONDRegular):
+        """A prefix on its way to the model; never batched with another, and shared by a batch."""
+
+        def process_cond(self, batch_size: int, **kwargs: Any) -> Condition:
+            return self
+
+        def can_concat(self, other: Any) -> bool:
+            return False
+
+        def concat(self, others: list[Any]) -> Any:
+            return self.cond
+
+        def size(self) -> list[int]:
+            return [1, 1, self.cond.tokens]
+
+    class SeedlingModel(comfy.model_base.BaseModel):
+        def __init__(self) -> None:
+            super().__init__(model_config(loaded), comfy.model_base.ModelType.FLUX)
+            self.diffusion_model = dit
+            memory.archive_model_dtypes(dit)
+            self.seedling = loaded
+            self.memory_usage_factor_conds = ("prefix",)
+
+        def get_dtype(self) -> torch.dtype:
+            return loaded.dtype
+
+        def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+            noise = kwargs["noise"]
+            room = noise.shape[-2] * noise.shape[-1]
+            return {"prefix": Condition(Prefix([kwargs["cross_attn"], kwargs], room))}
+
+        def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+            return {"prefix": [1, 1, Prefix([kwargs["cross_attn"], kwargs], 0).tokens]}
+
+        def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
+            """noise - x0 (B, C, h, w) in fp32 at sigmas (B,)."""
+            dtype = self.get_dtype_inference()
+            t = self.model_sampling.timestep(sigma).float()
+            return dit(x.to(dtype), t, prefix.of(dit, x.device, dtype)).float()
+
+        def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            v = self.velocity(x, t, kwargs["prefix"])
+            return self.model_sampling.calculate_denoised(t, v, x)
+
+    return SeedlingModel()
+
+
+def model_config(loaded: Loaded) -> Any:
+    """What core's BaseModel wants to know; core's schedulers get the checkpoint's own shift."""
+    import comfy.latent_formats
+    import comfy.model_management as memory
+    import comfy.supported_models_base
+
+    schedule = loaded.schedule
+    assert schedule is not None
+    side = loaded.checkpoint.config.get("resolution", 1024) // loaded.family.pixels_per_token
+    mu = resolution_shift(
+        side * side,
+        schedule.base_shift,
+        schedule.max_shift,
+        schedule.base_tokens,
+        schedule.max_tokens,
+    )
+    config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
+    config.latent_format = latent_format(loaded, comfy.latent_formats.LatentFormat)
+    config.sampling_settings = {"shift": mu}
+    config.memory_usage_factor = memory_factor(loaded.module)
+    config.manual_cast_dtype = memory.unet_manual_cast(
+        loaded.dtype, memory.get_torch_device(), [torch.bfloat16, torch.float32]
+    )
+    return config
+
+
+def latent_format(loaded: Loaded, base: Any) -> Any:
+    """Latents travel as the DiT reads them: nothing is scaled."""
+    found = base()
+    found.latent_channels = loaded.family.channels(loaded)
+    found.spacial_downscale_ratio = loaded.family.pixels_per_token
+    found.latent_rgb_factors = loaded.checkpoint.config.get("latent_rgb_factors")
+    found.latent_rgb_factors_bias = loaded.checkpoint.config.get("latent_rgb_bias")
+    return found
+
+
+def flow_sampler(run: Run, loaded: Loaded | None) -> Any:
+    """Our samplers as one of core's.
+
+    A model of ours that nothing has patched is asked for its velocity directly, image by image:
+    then the result is the command line's, bit for bit. All others go through core's guidance.
+    """
+    import comfy.samplers
+
+    class FlowSampler(comfy.samplers.Sampler):
+        def sample(
+            self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
+            noise: Tensor, latent_image: Tensor, denoise_mask: Tensor | None = None,
+            disable_pbar: bool = False,
+        ) -> Tensor:  # fmt: skip
+            if is_plain(model_wrap, extra_args) and denoise_mask is None and loaded is not None:
+                return one_by_one(directly(model_wrap), run, latent_image, loaded)
+            inner = comfy.samplers.KSAMPLER(through_core)
+            return inner.sample(
+                model_wrap, sigmas, extra_args, None, noise, latent_image, denoise_mask
+            )
+
+    def through_core(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **kwargs: Any
+    ) -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return (x - model(x, x.new_full((len(x),), sigma), **extra_args)) / sigma
+
+        for state in sampler(run.sampler)(velocity, x, run.sigmas):
+            x = state.x
+            run.report(state.step, state.total, preview_of(loaded, state.denoised))
+        return x
+
+    return FlowSampler()
+
+
+# ---- CLIP --------------------------------------------------------------------------------------
+
+
+def load_clip(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    """A CLIP around our text encoder."""
+    import comfy.model_management as memory
+    import comfy.model_patcher as patching
+    import comfy.sd
+
+    device = memory.text_encoder_device()
+    loaded = load_encoder(path, operations=operations(arithmetic(device)), dtype=dtype)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = TextModel(loaded, memory.intermediate_device())
+    clip.tokenizer = Words()
+    kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
+    clip.patcher = kind(
+        clip.cond_stage_model,
+        load_device=device,
+        offload_device=memory.text_encoder_offload_device(),
+    )
+    clip.patcher.is_clip = True
+    clip.patcher.cached_patcher_init = (clip_patcher, (path, dtype))
+    clip.layer_idx, clip.apply_hooks_to_conds = None, None
+    clip.use_clip_schedule, clip.tokenizer_options = False, {}
+    return clip
+
+
+def clip_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    return load_clip(path, dtype, disable_dynamic).patcher
+
+
+def arithmetic(device: torch.device) -> torch.dtype | None:
+    """What to compute in: fp32 on a CPU, elsewhere what the weights are."""
+    return torch.float32 if device.type == "cpu" else None
+
+
+# ---- VAE ---------------------------------------------------------------------------------------
+
+
+def load_our_vae(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    """A VAE around ours, with alpha where a picture has any."""
+    import comfy.model_management as memory
+    import comfy.model_patcher as patching
+    import comfy.sd
+
+    class VAE(comfy.sd.VAE):
+        def __init__(self, loaded: Loaded, dtype: torch.dtype) -> None:
+            config, self.size = loaded.config, None
+            self.first_stage_model = Frames(loaded)
+            self.device, self.vae_dtype = memory.vae_device(), dtype
+            self.output_device, self.working_dtypes = memory.intermediate_device(), [dtype]
+            kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
+            self.patcher = kind(
+                self.first_stage_model,
+                load_device=self.device,
+                offload_device=memory.vae_offload_device(),
+            )
+            self.downscale_ratio = self.upscale_ratio = config.factor
+            self.latent_channels, self.output_channels = config.z_dim, config.in_channels
+            self.latent_dim, self.pad_channel_value = 2, 1.0  # a picture without alpha is opaque
+            self.crop_input = self.handles_tiling = True
+            self.disable_offload = self.not_video = False
+            self.downscale_index_formula = self.upscale_index_formula = None
+            self.extra_1d_channel = self.format_encoded = None
+            self.audio_sample_rate = 44100
+            self.process_input = lambda image: image * 2.0 - 1.0
+            self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+            # Large layers run in strips of about 1 GiB (vae.py), which twice over is enough.
+            self.memory_used_encode = lambda shape, kind: min(2 << 30, 8192 * shape[2] * shape[3])
+            self.memory_used_decode = lambda shape, kind: min(
+                2 << 30, 8192 * config.factor**2 * shape[2] * shape[3]
+            )
+
+        def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+            return without_alpha(super().decode(*args, **kwargs))
+
+        def decode_tiled(self, *args: Any, **kwargs: Any) -> Tensor:
+            return without_alpha(super().decode_tiled(*args, **kwargs))
+
+    device = memory.vae_device()
+    dtype = dtype or memory.vae_dtype(device, [torch.bfloat16, torch.float32])
+    if device.type == "cpu":
+        dtype = torch.float32
+    loaded = load_vae(path, operations=operations(None), dtype=dtype)
+    vae = VAE(loaded, dtype)
+    vae.patcher.cached_patcher_init = (vae_patcher, (path, dtype))
+    return vae
+
+
+def vae_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    return load_our_vae(path, dtype, disable_dynamic).patcher

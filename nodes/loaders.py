@@ -1,0 +1,150 @@
+"""Load Seedling's networks from ComfyUI's own folders, or the model that ships with the pack."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..model_loaders.checkpoint import CheckpointError
+from ..model_loaders.load import Loaded
+from .runtime import runtime
+
+EMBEDDED = "seedling-tiny (embedded)"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+FOLDERS = {"dit": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "as stored": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
+PRECISION = (
+    "How exactly the weights are kept. as stored: as in the file, the best choice. fp32: twice the "
+    "memory of 16 bits, for a CPU or to compare. bf16: half the memory of 32 bits."
+)
+
+
+class SeedlingLoadDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SeedlingLoadDiT",
+            display_name="Load DiT",
+            category="Seedling/loaders",
+            description="Loads a diffusion model of a family that Seedling knows, and says which.",
+            search_aliases=["load diffusion model", "unet", "checkpoint", "Qwen-Image", "加载模型"],
+            inputs=[
+                combo("dit", "The diffusion model: a file of models/diffusion_models, or the small "
+                      "model that is part of Seedling."),
+                precision(),
+            ],
+            outputs=[
+                io.Model.Output("model", "model", tooltip="For samplers, LoRA loaders and others."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, dit: str, precision: str) -> io.NodeOutput:
+        return load("dit", dit, precision)
+
+
+class SeedlingLoadEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SeedlingLoadEncoder",
+            display_name="Load VLM Encoder",
+            category="Seedling/loaders",
+            description="Loads the vision-language model that reads instruction and references.",
+            search_aliases=["load clip", "text encoder", "Qwen3-VL", "加载文本编码器"],
+            inputs=[
+                combo("encoder", "The text encoder: a file of models/text_encoders with its "
+                      "tokenizer.json beside it, or the small one that is part of Seedling."),
+                precision(),
+            ],
+            outputs=[
+                io.Clip.Output("clip", "clip", tooltip="For Encode Instruction, CLIP Text Encode."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, encoder: str, precision: str) -> io.NodeOutput:
+        return load("encoder", encoder, precision)
+
+
+class SeedlingLoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SeedlingLoadVAE",
+            display_name="Load VAE",
+            category="Seedling/loaders",
+            description="Loads the VAE that turns latents into pictures, alpha too, and back.",
+            search_aliases=["vae loader", "autoencoder", "加载VAE"],
+            inputs=[
+                combo("vae", "The VAE: a file of models/vae, or the small one that is part of "
+                      "Seedling. It must belong to the diffusion model."),
+                precision(),
+            ],
+            outputs=[
+                io.Vae.Output("vae", "vae", tooltip="For VAE Decode and Encode Instruction."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, vae: str, precision: str) -> io.NodeOutput:
+        return load("vae", vae, precision)
+
+
+def combo(kind: str, tooltip: str) -> Any:
+    """The files of a kind's folder, after the embedded model, which is always there."""
+    import folder_paths
+
+    names = [EMBEDDED, *folder_paths.get_filename_list(FOLDERS[kind])]
+    return io.Combo.Input(kind, options=names, default=EMBEDDED, tooltip=tooltip)
+
+
+def precision() -> Any:
+    return io.Combo.Input(
+        "precision", options=list(PRECISIONS), default="as stored", tooltip=PRECISION, advanced=True
+    )
+
+
+def load(kind: str, name: str, precision: str) -> io.NodeOutput:
+    """The network, with what it is shown on the node."""
+    here = runtime()
+    thing = here.load(kind, str(path_of(kind, name)), PRECISIONS[precision])
+    text = facts(here.loaded(thing))
+    here.tell(text)
+    return io.NodeOutput(thing, ui=ui.PreviewText(text))
+
+
+def path_of(kind: str, name: str) -> Path:
+    import folder_paths
+
+    if name != EMBEDDED:
+        return Path(folder_paths.get_full_path_or_raise(FOLDERS[kind], name))
+    path = ASSETS / FOLDERS[kind] / "seedling-tiny.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"the embedded model's file {path.name} is missing from assets/{FOLDERS[kind]}; "
+            "install the pack again, with its assets."
+        )
+    return path
+
+
+def facts(loaded: Loaded | None) -> str:
+    """Family, size, licence, and how a DiT wants to be sampled."""
+    assert loaded is not None
+    count = sum(math.prod(info.shape) for info in loaded.checkpoint.names.values())
+    size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    kept = str(loaded.dtype).removeprefix("torch.")
+    lines = [f"{loaded.family.title}, {size} parameters, {kept}"]
+    lines.append(f"{loaded.licence.name}. {loaded.licence.notice}")
+    if schedule := loaded.schedule:
+        guidance = f", guidance {schedule.guidance:g}" if schedule.guidance != 1 else ""
+        lines.append(f"{schedule.name}: {schedule.steps} steps{guidance} ({schedule.reason})")
+    return "\n".join([*lines, *loaded.notes])

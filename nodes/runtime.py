@@ -1,0 +1,159 @@
+"""What MODEL, CLIP and VAE are here: ComfyUI's objects, or what our own loader returns.
+
+`comfy_bridge.py` and `plain.py` offer the same; nothing else in `nodes/` asks where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..model_loaders.load import Loaded
+from ..sampling import SamplingError
+from ..sampling.noise import add_noise, noise
+from ..sampling.samplers import Model, sampler
+
+Conditioning: TypeAlias = list[list[Any]]  # [[hidden (1, L, C), {"slots", "reference_latents"}]]
+Report: TypeAlias = Callable[[int, int, Tensor | None], None]  # (done, of all, preview (h, w, 3))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling. `sigmas` fall to where the latents are wanted, 0 for a finished picture.
+
+    `latents` (B, C, h, w) are what sampling starts from, zeros for a new picture; image k has the
+    noise of `seed` + k. `mask` (B, H, W), 1 where something may change.
+    """
+
+    positive: Conditioning
+    negative: Conditioning
+    latents: Tensor
+    sigmas: tuple[float, ...]
+    seed: int = 0
+    guidance: float = 1.0
+    sampler: str = "euler"
+    mask: Tensor | None = None
+    report: Report = field(default=lambda done, total, preview: None)
+
+
+class Runtime(Protocol):
+    """A place where nodes run. Pictures are (H, W, 3 or 4) in 0..1, latents (B, C, h, w)."""
+
+    def load(self, kind: str, path: str, dtype: torch.dtype | None) -> Any:
+        """The MODEL ("dit"), CLIP ("encoder") or VAE ("vae") of a file."""
+        ...
+
+    def loaded(self, thing: Any) -> Loaded | None:
+        """What our loader knows of a MODEL, CLIP or VAE; None for one that it did not load."""
+        ...
+
+    def read(self, clip: Any, prompt: str, images: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Encoder states (1, L, C) and the slots (L,) of the images among them."""
+        ...
+
+    def encode(self, vae: Any, image: Tensor) -> Tensor:
+        """Latents (1, C, h, w) of a picture."""
+        ...
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3 or 4) of latents."""
+        ...
+
+    def fit(self, model: Any, latent: dict[str, Any]) -> Tensor:
+        """The samples of a LATENT, an empty one in the channels and the size of the model."""
+        ...
+
+    def sample(self, model: Any, run: Run) -> Tensor:
+        """Latents (B, C, h, w) after the last sigma of `run`."""
+        ...
+
+    def progress(self, total: int) -> Report:
+        """Show progress on the running node. Calling it raises when the user has cancelled."""
+        ...
+
+    def tell(self, text: str) -> None:
+        """Show a text on the running node, where that is possible."""
+        ...
+
+
+def runtime() -> Runtime:
+    """The one that fits the process."""
+    if find_spec("comfy"):
+        from .comfy_bridge import ComfyUI
+
+        return ComfyUI()
+    from .plain import Plain
+
+    return Plain()
+
+
+def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -> Tensor:
+    """Sample each image of a batch alone, as the command line does it: the same bits.
+
+    `model` is the velocity as a function of x (1, C, h, w) and sigma, on the device of `latents`.
+    """
+    count, done = len(latents), []
+    for k, start in enumerate(latents):
+        own = noise(run.seed, k, start.shape, start.device)
+        x = add_noise(start, own, run.sigmas[0])[None]
+        for state in sampler(run.sampler)(model, x, run.sigmas):
+            x = state.x
+            preview = preview_of(loaded, state.denoised)
+            run.report(k * state.total + state.step, count * state.total, preview)
+        done.append(x)
+    return torch.cat(done)
+
+
+class Prefix:
+    """What a DiT reads of the text and the references, computed at the first step of a run.
+
+    `hidden` (1, L, C), `slots` (L,), `references` (1, C, h, w) each; `room` target tokens.
+    """
+
+    def __init__(self, conditioning: list[Any], room: int) -> None:
+        self.hidden, extra = conditioning
+        # Text that was encoded without us has no references among it.
+        self.slots = extra.get("slots", torch.zeros(self.hidden.shape[1], dtype=torch.bool))
+        self.references = list(extra.get("reference_latents") or ())
+        if len(self.slots) != self.hidden.shape[1]:
+            raise SamplingError(
+                f"the conditioning has {self.hidden.shape[1]} tokens, but was encoded with "
+                f"{len(self.slots)}; use it as Encode Instruction gives it, without concatenating."
+            )
+        self.room = room
+        self._computed: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of the references, and tokens of the text."""
+        pictures = sum(x.shape[-2] * x.shape[-1] for x in self.references)
+        return pictures + int((~self.slots).sum())
+
+    def of(self, dit: Any, device: Any, dtype: torch.dtype) -> Any:
+        """The prefix in the form that `dit` takes."""
+        if self._computed is None:
+            self._computed = dit.prefix(
+                self.hidden.to(device, dtype),
+                self.slots.to(device),
+                [x.to(device, dtype) for x in self.references],
+                self.room,
+            )
+        return self._computed
+
+
+def preview_of(loaded: Loaded | None, latents: Tensor) -> Tensor | None:
+    """A rough picture (h, w, 3) in 0..1 of latents (1, C, h, w), if the checkpoint tells how.
+
+    Its config holds `latent_rgb_factors` (C, 3) and `latent_rgb_bias` (3), for colours in -1..1.
+    """
+    factors = loaded.checkpoint.config.get("latent_rgb_factors") if loaded else None
+    if loaded is None or factors is None:
+        return None
+    bias = torch.tensor(loaded.checkpoint.config.get("latent_rgb_bias", (0.0, 0.0, 0.0)))
+    colours = latents[0].permute(1, 2, 0).float().cpu() @ torch.tensor(factors)
+    return ((colours + bias + 1) / 2).clamp(0, 1)
