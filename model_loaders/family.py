@@ -103,8 +103,8 @@ class Family:
     `step`: sides of pictures are multiples of it, in pixels; `pixels_per_token`: side of the square
     that one token of the DiT covers. `reference_size(width, height, area)` is the size a reference
     is brought to, `resize(image, size)` does it. `prefix(dit, encoder, prompt, images, latents,
-    room=, dtype=)` is what `dit(x, t, prefix)` reads at every step. `check(dit, vae, encoder)` raises
-    CheckpointError when loaded components do not fit each other.
+    room=, dtype=)` is what `dit(x, t, prefix)` reads at every step. `check(dit, vae, encoder)`
+    raises CheckpointError when loaded components do not fit each other.
     """
 
     name: str

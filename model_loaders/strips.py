@@ -51,8 +51,7 @@ class Whole:
 class Strip(Whole):
     """The same layers on a picture that comes in strips from top to bottom.
 
-    Set `last` before the last one. Every strip must have an even number of rows, and more than the
-    layers lag behind.
+    Set `last` before the last one. Every strip must be higher than the layers lag behind.
     """
 
     def __init__(self) -> None:
@@ -91,15 +90,21 @@ class Strip(Whole):
 
     def join(self, key: Hashable, y: Tensor, x: Tensor, add: Add = Tensor.add_) -> Tensor:
         # Widths tell how many rows of y belong to one of x.
-        x_rows = y.shape[2] * x.shape[3] // y.shape[3]
+        rows = y.shape[2] * x.shape[3] // y.shape[3]
+        if rows > y.shape[2]:
+            x, _ = self._below(key, x)  # rows that make one together may come in two strips
+            add(y, x[:, :, :rows])
+            self._keep(key, x[:, :, rows:])
+            return y
         kept = self._kept.pop(key, None)
-        old = 0 if kept is None else kept.shape[2]
-        assert x_rows >= old, "a strip must be higher than the layers lag behind"
-        cut = old * y.shape[2] // x_rows
+        old, cut = 0, 0
         if kept is not None:
+            old = kept.shape[2]
+            assert old <= rows, "a strip must be higher than the layers lag behind"
+            cut = old * y.shape[2] // rows
             add(y[:, :, :cut], kept)
-        add(y[:, :, cut:], x[:, :, : x_rows - old])
-        self._keep(key, x[:, :, x_rows - old :])
+        add(y[:, :, cut:], x[:, :, : rows - old])
+        self._keep(key, x[:, :, rows - old :])
         return y
 
 
@@ -120,7 +125,7 @@ class Stage:
 
 def work_of(stages: Sequence[Stage], x: Tensor) -> int:
     """Values that are alive at the worst moment of running the stages on all of x at once."""
-    pixels, most = x.shape[0] * x.shape[2] * x.shape[3], 0.0
+    pixels, most = float(x.shape[0] * x.shape[2] * x.shape[3]), 0.0
     for stage in stages:
         most = max(most, stage.work * pixels)
         pixels *= stage.scale**2
@@ -134,40 +139,40 @@ def run_whole(stages: Sequence[Stage], x: Tensor) -> Tensor:
     return x
 
 
-def run_in_strips(stages: Sequence[Stage], x: Tensor, work: float) -> Tensor:
-    """Run stages on strips as high as about `work` values allow, in each of them.
-
-    x (B, C, H, W), H even. What waits between the stages comes on top of `work`, about as much
-    again.
-    """
-    height, width = float(x.shape[2]), x.shape[3]
+def run_in_strips(stages: Sequence[Stage], x: Tensor, count: int) -> Tensor:
+    """Run stages on about `count` strips of x (B, C, H, W); small stages on all of it."""
+    batch, _, height, width = x.shape
+    work = work_of(stages, x) / count
     strips: Iterable[Rows] = [(x, True)]
     for stage in stages:
         least = stage.lag + 2
-        if x.device.type == "cpu" and x.shape[0] == 1:
+        if x.device.type == "cpu" and batch == 1:
             least += SMALL // (stage.thin * width)
-        least += least % 2
-        rows = int(work / (stage.work * width * x.shape[0])) // 2 * 2
-        strips = _through(stage, _regroup(strips, max(rows, least), least))
-        height, width = height * stage.scale, int(width * stage.scale)
-    return _collect(strips, int(height))
+        rows = int(work / (stage.work * width * batch))
+        if rows < height:
+            # Lighter stages may take higher strips, so that their overheads count less, but what
+            # they put out waits until the next stage has worked it off.
+            rows = min(rows, 2 * height // count)
+        strips = _through(stage, _regroup(strips, max(rows, 2 * least), least))
+        height, width = int(height * stage.scale), int(width * stage.scale)
+    return _collect(strips, height)
 
 
 def _regroup(strips: Iterable[Rows], rows: int, least: int) -> Iterator[Rows]:
-    """The same picture in strips of `rows` rows; the last one has at least `least` (or all)."""
+    """The same picture in equal strips of about `rows` rows, none below `least` (but if all is)."""
     held: Tensor | None = None
     for x, last in strips:
         held = x if held is None else torch.cat([held, x], 2)
-        del x  # here and below: no name may keep memory alive while the next stage runs
-        cut = held.shape[2] >= rows + least
-        while held.shape[2] >= rows + least:
-            piece, held = held[:, :, :rows], held[:, :, rows:]
-            yield piece, False
+        del x  # here and below: no name may keep rows alive while the next stage runs
+        ready = held.shape[2] - (0 if last else least)  # the last strip must not be too low
+        if ready < least and not last:
+            continue
+        for left in range(max(round(ready / rows), 1), 0, -1):
+            high = -(-ready // left)
+            piece, held, ready = held[:, :, :high], held[:, :, high:], ready - high
+            yield piece, last and left == 1
             del piece
-        if last:
-            yield held, True
-        elif cut:
-            held = held.clone(memory_format=torch.preserve_format)
+        held = held.clone(memory_format=torch.preserve_format)
 
 
 def _through(stage: Stage, strips: Iterable[Rows]) -> Iterator[Rows]:
@@ -175,9 +180,9 @@ def _through(stage: Stage, strips: Iterable[Rows]) -> Iterator[Rows]:
     layers = Strip()
     for x, last in strips:
         layers.last = last
-        x = stage.run(x, layers)
-        yield x, last
+        done = [stage.run(x, layers)]
         del x
+        yield done.pop(), last
 
 
 def _collect(strips: Iterable[Rows], height: int) -> Tensor:

@@ -352,7 +352,8 @@ def test_what_cannot_be_made_is_said_in_words(
 
 def test_networks_that_do_not_fit_are_refused(pipeline: Pipeline) -> None:
     dit, vae, encoder = pipeline.dit, pipeline.vae, pipeline.encoder
-    narrow = replace(vae, config=replace(vae.config, z_dim=8))
+    eight = {"latents_mean": (0.0,) * 8, "latents_std": (1.0,) * 8}
+    narrow = replace(vae, config=replace(vae.config, z_dim=8, **eight))
     with pytest.raises(ValueError, match=r"latents of 8 channels, but .* works on 16; choose the"):
         Pipeline(dit, narrow, encoder)
     fine = replace(vae, config=replace(vae.config, patch_size=8))

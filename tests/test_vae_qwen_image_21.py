@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
+from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig, VAEError
+from seedling.quant.operations import widened
 
 oracle_module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_qwenimage21")
 
@@ -32,6 +38,10 @@ CONFIGS = {
     "patches of 2": VAEConfig(
         z_dim=4, base_dim=8, decoder_base_dim=12, dim_mult=(1, 2, 2), num_res_blocks=1,
         temporal_downsample=(False, True), patch_size=2, **statistics(4),
+    ),
+    "narrower inside": VAEConfig(
+        z_dim=4, base_dim=4, decoder_base_dim=4, dim_mult=(4, 2, 1), num_res_blocks=1,
+        temporal_downsample=(True, False), **statistics(4),
     ),
     "one stage, patches of 16": VAEConfig(
         z_dim=8, base_dim=24, decoder_base_dim=16, dim_mult=(1,), num_res_blocks=1,
@@ -104,5 +114,138 @@ def test_published_names_and_shapes() -> None:
     with torch.device("meta"):
         oracle = oracle_module.AutoencoderKLQwenImage21()
     theirs = {name: tuple(p.shape) for name, p in oracle.state_dict().items()}
-    ours = {name: tuple(p.shape) for name, p in VAE(VAEConfig(), device="meta").state_dict().items()}
-    assert ours == theirs
+    ours = VAE(VAEConfig(), device="meta").state_dict()
+    assert {name: tuple(p.shape) for name, p in ours.items()} == theirs
+
+
+def test_published_statistics() -> None:
+    with torch.device("meta"):
+        theirs = oracle_module.AutoencoderKLQwenImage21().config
+    assert list(VAEConfig().latents_mean) == list(theirs.latents_mean)
+    assert list(VAEConfig().latents_std) == list(theirs.latents_std)
+
+
+def test_gradients_equal_diffusers() -> None:
+    """What the trainer of the embedded model relies on: in-place sums do not disturb autograd."""
+    config = CONFIGS["published, narrow"]
+    oracle, ours = oracle_and_ours(config)
+    pixels = torch.rand(1, 4, 32, 32) * 2 - 1
+    mean, std = (torch.tensor(v)[None, :, None, None]
+                 for v in (config.latents_mean, config.latents_std))  # fmt: skip
+    latents = (oracle.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+    theirs = oracle.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
+    (theirs - pixels).square().mean().backward()
+    (ours.decode(ours.encode(pixels)) - pixels).square().mean().backward()
+    expected = dict(oracle.named_parameters())
+    for name, p in ours.named_parameters():
+        want = expected[name].grad
+        if want is None:
+            assert "time_conv" in name and p.grad is None
+        else:
+            assert p.grad is not None
+            assert (p.grad - want).abs().max() < 1e-4 * want.abs().max() + 1e-9, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(272, 112), (176, 208)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_strips_are_the_same_bits(size: tuple[int, int], batch: int) -> None:
+    _, vae = oracle_and_ours(CONFIGS["published, narrow"])
+    pixels = torch.rand(batch, 4, *size) * 2 - 1
+    latents = vae.encode(pixels, 1)
+    picture = vae.decode(latents, 1)
+    for strips in (2, 7):
+        assert torch.equal(vae.encode(pixels, strips), latents)
+        assert torch.equal(vae.decode(latents, strips), picture)
+
+
+@torch.no_grad()
+def test_strips_of_small_pictures_and_patches() -> None:
+    """More strips than there are rows for: as many as make sense."""
+    for name in ("patches of 2", "one stage, patches of 16"):
+        _, vae = oracle_and_ours(CONFIGS[name])
+        pixels = torch.rand(1, 4, 96, 32) * 2 - 1
+        latents = vae.encode(pixels, 1)
+        assert torch.equal(vae.encode(pixels, 50), latents)
+        assert torch.equal(vae.decode(latents, 50), vae.decode(latents, 1))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the memory of all tensors made inside, and its peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if tensor(t)}
+        for t in filter(tensor, tree_leaves(out)):
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self.live and key not in given:
+                self.live[key] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, key, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def tensor(x: object) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def peak(run, *args, **kwargs) -> int:
+    with LiveBytes() as bytes_:
+        run(*args, **kwargs)
+    return bytes_.peak
+
+
+@torch.no_grad()
+def test_strips_bound_memory() -> None:
+    """Full width at 1024 x 1024 on the meta device: shapes and lifetimes without arithmetic."""
+    vae = VAE(VAEConfig(), device="meta")
+    pixels, latents = (torch.empty(1, *s, device="meta") for s in ((4, 1024, 1024), (64, 64, 64)))
+    for run, x in ((vae.encode, pixels), (vae.decode, latents)):
+        whole = peak(run, x, 1)
+        assert peak(run, x, 8) < 0.35 * whole
+        assert peak(run, x) < 1.1 * 2**30 < whole
+        assert peak(run, x, memory=2**29) < 1.1 * 2**29
+
+
+@torch.no_grad()
+def test_16_bit_weights_widened_are_the_rounded_weights() -> None:
+    config = CONFIGS["published, narrow"]
+    _, vae = oracle_and_ours(config)
+    narrow = VAE(config, widened(), dtype=torch.bfloat16)
+    narrow.load_state_dict(vae.state_dict())
+    vae.load_state_dict(narrow.state_dict())
+    pixels = torch.rand(1, 4, 32, 48) * 2 - 1
+    assert torch.equal(narrow.encode(pixels), vae.encode(pixels))
+    latents = torch.randn(1, 8, 2, 3)
+    assert torch.equal(narrow.decode(latents), vae.decode(latents))
+
+
+def test_wrong_inputs_are_named() -> None:
+    vae = VAE(CONFIGS["published, narrow"], device="meta")
+    for shape, words in (((1, 3, 32, 32), "alpha"), ((1, 4, 32, 40), "multiples of 16.*40x32"),
+                         ((4, 32, 32), "batch"), ((1, 4, 0, 32), "32x0")):  # fmt: skip
+        with pytest.raises(VAEError, match=words):
+            vae.encode(torch.empty(shape, device="meta"))
+    for shape in ((1, 16, 4, 4), (8, 4, 4), (1, 8, 0, 4)):
+        with pytest.raises(VAEError, match="batch, 8, height, width"):
+            vae.decode(torch.empty(shape, device="meta"))
+    with pytest.raises(VAEError, match="told 0"):
+        vae.decode(torch.empty(1, 8, 4, 4, device="meta"), 0)
+
+
+def test_impossible_configs_are_named() -> None:
+    config = CONFIGS["published, narrow"]
+    for changes, words in (
+        ({"dim_mult": (1, 3, 9, 9, 9)}, "from 1 to 3"),
+        ({"dim_mult": (1, 2, 2, 2, 4)}, "from 2 to 4"),
+        ({"temporal_downsample": (True,)}, "4 values of temporal_downsample"),
+        ({"z_dim": 16}, "16 latent channels"),
+    ):
+        with pytest.raises(VAEError, match=words):
+            replace(config, **changes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,7 @@ class Prefix:
             return
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
-                b, h, _, d = old.shape
-                buffers[layer] = old.new_empty(b, h, self.length + tokens, d)
-                buffers[layer][:, :, : self.length] = old[:, :, : self.length]
+                buffers[layer] = _with_room(old[:, :, : self.length], tokens)
 
 
 def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -209,13 +208,16 @@ class Attention(nn.Module):
         self.norm_q = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
         self.norm_k = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
 
-    def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, tokens, dim) -> rotated q, k and v, each (B, heads, tokens, head_dim)."""
-        heads = (-1, self.head_dim)
-        q = rotate(self.norm_q(self.to_q(x).unflatten(-1, heads)), turn)
-        k = rotate(self.norm_k(self.to_k(x).unflatten(-1, heads)), turn)
-        v = self.to_v(x).unflatten(-1, heads)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    def queries(self, x: Tensor, turn: Tensor) -> Tensor:
+        """x (B, tokens, dim) -> rotated queries (B, heads, tokens, head_dim)."""
+        q = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim)))
+        return rotate(q, turn).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, tokens, dim) -> rotated keys, and values, each (B, heads, tokens, head_dim)."""
+        k = self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head_dim)))
+        v = self.to_v(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(k, turn).transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         """Attention output (B, heads, tokens, head_dim) -> (B, tokens, dim)."""
@@ -248,9 +250,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Sequence[Tensor], turn: Tensor, attend) -> Tensor:
         """x (B, tokens, dim); `attend(q, k, v)` returns (B, heads, tokens, head_dim)."""
         scale1, gate1, scale2, gate2 = modulation
-        q, k, v = self.attn.project(self.img_norm1(x) * scale1, turn)
-        x = x + gate1 * self.attn.merge(attend(q, k, v))
-        x = x + gate2 * self.img_mlp(self.img_norm2(x) * scale2)
+        h = self.img_norm1(x) * scale1
+        h = attend(self.attn.queries(h, turn), *self.attn.keys_values(h, turn))
+        x = torch.addcmul(x, gate1, self.attn.merge(h))
+        x = torch.addcmul(x, gate2, self.img_mlp(self.img_norm2(x) * scale2))
         return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
@@ -290,17 +293,13 @@ class DiT(nn.Module):
         self.proj_out = operations.Linear(c.dim, c.in_channels, bias=False, **kw)
 
     def _modulate(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """Timestep embedding (B, dim) and [1 + scale, gate] x 2, each (B, 1, dim), for all blocks."""
+        """Timestep embedding (B, dim); [1 + scale, gate] x 2, each (B, 1, dim), for all blocks."""
         embedding = self.time_text_embed["timestep_embedder"](t, dtype)
         scale1, gate1, scale2, gate2 = self.modulation(embedding)[:, None].chunk(4, dim=-1)
         return embedding, [1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()]
 
     def prefix(
-        self,
-        text: Tensor,
-        slots: Tensor,
-        references: Sequence[Tensor] = (),
-        room: int = 0,
+        self, text: Tensor, slots: Tensor, references: Sequence[Tensor] = (), room: int = 0
     ) -> Prefix:
         """Run text and references through the network once.
 
@@ -321,20 +320,27 @@ class DiT(nn.Module):
         _, modulation = self._modulate(torch.zeros(1, device=text.device), tokens.dtype)
         masks = [_text_mask(s, text.device) for s in segments]
         prefix = Prefix([], [], tokens.shape[1], position)
-        for block in self.transformer_blocks:
 
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                prefix.keys.append(_with_room(k, room))
-                prefix.values.append(_with_room(v, room))
-                parts = [
-                    F.scaled_dot_product_attention(
-                        q[:, :, s.start : s.end], k[:, :, : s.end], v[:, :, : s.end], attn_mask=mask
-                    )
-                    for s, mask in zip(segments, masks, strict=True)
-                ]
-                return torch.cat(parts, dim=2)
+        def keep(k: Tensor, v: Tensor) -> None:
+            prefix.keys.append(_with_room(k, room))
+            prefix.values.append(_with_room(v, room))
 
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep(k, v)
+            parts = [
+                F.scaled_dot_product_attention(
+                    q[:, :, s.start : s.end], k[:, :, : s.end], v[:, :, : s.end], attn_mask=mask
+                )
+                for s, mask in zip(segments, masks, strict=True)
+            ]
+            return torch.cat(parts, dim=2)
+
+        blocks: list[Any] = [*self.transformer_blocks]
+        for block in blocks[:-1]:
             tokens = block(tokens, modulation, turn, attend)
+        # Nobody reads what the last layer makes of a prefix, only its keys and values.
+        last = blocks[-1]
+        keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn))
         return prefix
 
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
@@ -372,12 +378,7 @@ def _text_mask(segment: Segment, device) -> Tensor | None:
 
 def _with_room(x: Tensor, room: int) -> Tensor:
     """x (B, heads, tokens, head_dim) in a buffer with `room` free tokens behind it."""
-    if torch.is_grad_enabled():
-        return x
-    b, h, n, d = x.shape
-    buffer = x.new_empty(b, h, n + room, d)
-    buffer[:, :, :n] = x
-    return buffer
+    return x if torch.is_grad_enabled() else F.pad(x, (0, 0, 0, room))
 
 
 def _attend_after(prefix: Prefix, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -389,13 +390,9 @@ def _attend_after(prefix: Prefix, layer: int, q: Tensor, k: Tensor, v: Tensor) -
         k = torch.cat([keys.expand(shared), k], dim=2)
         v = torch.cat([values.expand(shared), v], dim=2)
         return F.scaled_dot_product_attention(q, k, v)
-    if keys.shape[0] == k.shape[0]:
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end])
-    out = torch.empty_like(q)
-    for i in range(q.shape[0]):  # many targets over one prefix: its buffer's tail is used in turn
-        keys[:, :, start:end], values[:, :, start:end] = k[i : i + 1], v[i : i + 1]
-        out[i : i + 1] = F.scaled_dot_product_attention(
-            q[i : i + 1], keys[:, :, :end], values[:, :, :end]
-        )
-    return out
+    parts = []
+    for i in range(0, len(q), len(keys)):  # many targets over one prefix use its tail in turn
+        part = slice(i, i + len(keys))
+        keys[:, :, start:end], values[:, :, start:end] = k[part], v[part]
+        parts.append(F.scaled_dot_product_attention(q[part], keys[:, :, :end], values[:, :, :end]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

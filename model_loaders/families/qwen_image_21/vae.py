@@ -11,9 +11,8 @@ Names and shapes are the published ones (diffusers' `AutoencoderKLQwenImage21`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from ....quant.operations import TORCH, Operations
 from ...strips import Stage, Whole, run_in_strips, run_whole, work_of
 from .configs import LATENTS_MEAN, LATENTS_STD
 
+Run = Callable[[list[Stage], Tensor], Tensor]
 MEMORY = 1 << 30  # bytes of activations above which pictures are done in strips
 
 
@@ -44,6 +44,25 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = LATENTS_MEAN
     latents_std: tuple[float, ...] = LATENTS_STD
     in_channels: int = 4
+
+    def __post_init__(self) -> None:
+        mult, halvings = self.dim_mult, len(self.temporal_downsample)
+        if halvings != len(mult) - 1:
+            raise VAEError(
+                f"A VAE of {len(mult)} stages needs {len(mult) - 1} values of temporal_downsample, "
+                f"but was given {halvings}."
+            )
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise VAEError(
+                f"A VAE of {self.z_dim} latent channels needs as many values of latents_mean and "
+                f"latents_std, but was given {len(self.latents_mean)} and {len(self.latents_std)}."
+            )
+        for i, (a, b) in enumerate(zip((1, *mult), mult, strict=False)):
+            if max(a, b) % min(a, b) or b // a not in ((0, 1, 2, 4) if i < halvings else (0, 1)):
+                raise VAEError(
+                    f"A VAE with dim_mult {mult} has no shortcut from {a} to {b}: every stage must "
+                    "be 1, 2 or 4 times as wide as the one before it, the last one no wider."
+                )
 
     @property
     def patch(self) -> int:
@@ -257,11 +276,14 @@ class Encoder(nn.Module):
 
     def stages(self) -> list[Stage]:
         """What runs before the attention, and can run in strips."""
-        folded, dim = self.folded, self.down_blocks[0].dim
-        first = Stage(lambda x, layers: layers.conv(self.conv_in, x), 1.0, 1, folded + dim, folded)
-        return [first, *(block.stage() for block in self.down_blocks)]
+        first, *stages = (block.stage() for block in self.down_blocks)
+        thin = min(first.thin, self.folded)
+        return [replace(first, run=self._start, lag=first.lag + 1, thin=thin), *stages]
 
-    def forward(self, x: Tensor, run: Callable[[list[Stage], Tensor], Tensor]) -> Tensor:
+    def _start(self, x: Tensor, layers: Whole) -> Tensor:
+        return self.down_blocks[0](layers.conv(self.conv_in, x), layers)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
         x = self.mid_block(run(self.stages(), x))
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
@@ -271,7 +293,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Operations, **kw) -> None:
         super().__init__()
-        self.folded = config.folded
         mult = config.dim_mult[::-1]
         widths = [config.decoder_base_dim * m for m in (mult[0], *mult)]
         up = [True] * (len(mult) - 1) + [False]
@@ -287,14 +308,14 @@ class Decoder(nn.Module):
 
     def stages(self) -> list[Stage]:
         """What runs after the attention, and can run in strips."""
-        folded, dim = self.folded, self.up_blocks[-1].out_dim
-        last = Stage(self._finish, 1.0, 1, 2 * dim + folded, dim)
-        return [*(block.stage() for block in self.up_blocks), last]
+        *stages, last = (block.stage() for block in self.up_blocks)
+        return [*stages, replace(last, run=self._finish, lag=last.lag + 1)]
 
     def _finish(self, x: Tensor, layers: Whole) -> Tensor:
+        x = self.up_blocks[-1](x, layers)
         return layers.conv(self.conv_out, F.silu(self.norm_out(x), inplace=True))
 
-    def forward(self, x: Tensor, run: Callable[[list[Stage], Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, run: Run) -> Tensor:
         return run(self.stages(), self.mid_block(self.conv_in(x)))
 
 
@@ -321,16 +342,15 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config = config or VAEConfig()
         kw = {"device": device, "dtype": dtype}
+        self.casts = operations.casts
         z = config.z_dim
         self.encoder = Encoder(config, operations, **kw)
         self.quant_conv = operations.Conv2d(z * 2, z * 2, 1, **kw)
         self.post_quant_conv = operations.Conv2d(z, z, 1, **kw)
         self.decoder = Decoder(config, operations, **kw)
 
-    def encode(
-        self, pixels: Tensor, strips: int | Literal["auto"] = "auto", *, memory: int = MEMORY
-    ) -> Tensor:
-        """The most likely latents of pictures (B, 4, H, W): (B, z, H / f, W / f), normalised.
+    def encode(self, pixels: Tensor, strips: int | None = None, *, memory: int = MEMORY) -> Tensor:
+        """The most likely latents of pictures (B, 4, H, W): fp32 (B, z, H / f, W / f), normalised.
 
         `strips` and `memory`: as in `decode`. Raises VAEError.
         """
@@ -338,57 +358,69 @@ class VAE(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != c.in_channels:
             raise VAEError(
                 f"The VAE takes pictures of shape (batch, {c.in_channels}, height, width), but was "
-                f"given {tuple(pixels.shape)}; add the alpha channel (1 is opaque)."
+                f"given {tuple(pixels.shape)}; a picture without alpha needs one (1 is opaque)."
             )
         h, w = pixels.shape[2:]
-        if h % c.factor or w % c.factor or not h or not w:
+        if h % c.factor or w % c.factor or not pixels.numel():
             raise VAEError(
                 f"The VAE takes pictures whose sides are multiples of {c.factor}, but was given "
                 f"{w}x{h}; resize or crop it."
             )
-        x = fold(pixels, c.patch).contiguous(memory_format=torch.channels_last)
-        moments = self.quant_conv(self.encoder(x, partial(_run, strips=strips, memory=memory)))
-        mean, std = self._statistics(moments)
-        return (moments[:, : c.z_dim] - mean) / std
+        run = _runner(strips, memory)
+        x = self.quant_conv(self.encoder(self._layout(fold(pixels, c.patch)), run))
+        mean, std = self._statistics(x.device)
+        return (x[:, : c.z_dim].float() - mean) / std
 
     def decode(
         self,
         latents: Tensor,
-        strips: int | Literal["auto"] = "auto",
+        strips: int | None = None,
         *,
         memory: int = MEMORY,
         clamp: bool = True,
     ) -> Tensor:
         """Pictures (B, 4, h f, w f) in -1..1 of normalised latents (B, z, h, w).
 
-        `strips` is how many horizontal strips the large layers run in; the result is the same. By
-        default as few as keep activations below about `memory` bytes; one while training.
+        `strips` is in how many horizontal strips the large layers run; the result is the same. By
+        default as few as keep activations below about `memory` bytes, and one while training.
         `clamp=False` leaves values outside of -1..1 and their gradients. Raises VAEError.
         """
         c = self.config
-        if latents.ndim != 4 or latents.shape[1] != c.z_dim:
+        if latents.ndim != 4 or latents.shape[1] != c.z_dim or not latents.numel():
             raise VAEError(
                 f"The VAE takes latents of shape (batch, {c.z_dim}, height, width), but was given "
                 f"{tuple(latents.shape)}; use latents of the same model family."
             )
-        mean, std = self._statistics(latents)
-        x = (latents * std + mean).contiguous(memory_format=torch.channels_last)
-        run = partial(_run, strips=strips, memory=memory)
+        run = _runner(strips, memory)
+        mean, std = self._statistics(latents.device)
+        x = self._layout(latents.float() * std + mean)
         pixels = unfold(self.decoder(self.post_quant_conv(x), run), c.patch)
         return pixels.clamp(-1, 1) if clamp else pixels
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, (z, 1, 1) each."""
-        values = torch.tensor([self.config.latents_mean, self.config.latents_std])
-        mean, std = values.to(like)[..., None, None]
+    def _layout(self, x: Tensor) -> Tensor:
+        """x as the layers want it: channels last, which makes norms and convolutions faster and
+        these independent of the height; and in the dtype of the weights unless they are cast."""
+        dtype = x.dtype if self.casts else self.quant_conv.weight.dtype
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, fp32 (z, 1, 1) each."""
+        values = [self.config.latents_mean, self.config.latents_std]
+        mean, std = torch.tensor(values, device=device)[..., None, None]
         return mean, std
 
 
-def _run(stages: list[Stage], x: Tensor, strips: int | Literal["auto"], memory: int) -> Tensor:
-    """Run stages on all of x, or in strips."""
-    work = work_of(stages, x)
-    if strips == "auto":
-        # What waits between the stages takes about as much memory as the work on one strip.
-        fits = work * x.element_size() <= memory
-        strips = 1 if fits or x.requires_grad else -(-2 * work * x.element_size() // memory)
-    return run_whole(stages, x) if strips == 1 else run_in_strips(stages, x, work / strips)
+def _runner(strips: int | None, memory: int) -> Run:
+    """How to run stages: in this many strips, or in as few as the memory allows."""
+    if strips is not None and strips < 1:
+        raise VAEError(f"The VAE works in 1 strip or more, but was told {strips}; leave it out.")
+
+    def run(stages: list[Stage], x: Tensor) -> Tensor:
+        count = strips
+        if count is None:
+            size = work_of(stages, x) * x.element_size()
+            # The work on a strip, and more than as much again that waits between the stages.
+            count = 1 if size <= memory or x.requires_grad else -(-5 * size // (2 * memory))
+        return run_whole(stages, x) if count == 1 else run_in_strips(stages, x, count)
+
+    return run
