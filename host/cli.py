@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .studio import add_arguments as add_studio_arguments
+
 Command = Callable[[argparse.Namespace, list[Path]], int]
 
 
@@ -147,6 +149,12 @@ def _models(given: argparse.Namespace, saved: list[Path]) -> int:
     return 0
 
 
+def _studio(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .studio import run
+
+    return run(given)
+
+
 def _weights(given: argparse.Namespace):
     from .models import Choice
 
@@ -166,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", _inspect, "say what a model file is")
     inspect.add_argument("file", type=Path, metavar="FILE", help=".safetensors file, or a folder")
     inspect.add_argument("--json", action="store_true", help="as one JSON object")
+    studio = _command(commands, "studio", _studio, "serve the editor to your browser")
+    add_studio_arguments(studio)
     models = _command(commands, "models", _models, "list the model files that are found")
     _add_comfyui(models)
     return top
