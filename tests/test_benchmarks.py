@@ -1,0 +1,66 @@
+"""Every benchmark runs, tiny, and finds that the outputs that it compares agree."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+TINY = {
+    "bf16_checkpoint": ["--tiny"],
+    "dit_profile": ["--tiny"],
+    "dit_step": ["--tiny"],
+    "edit_references": ["--tiny"],
+    "host_work": ["--tiny"],
+    "vae_decode": ["--width", "8", "--side", "64", "--runs", "2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A benchmark sets the number of threads of the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_run_prints_its_table(name: str, monkeypatch, capsys) -> None:
+    """It ends without SystemExit, which is what outputs that disagree raise."""
+    monkeypatch.setattr(sys, "argv", [name, *TINY[name], "--json"])
+    importlib.import_module(f"seedling.benchmarks.{name}").main()
+    tables = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert tables
+    for table in tables:
+        assert table["rows"] and table["threads"] == 1 and "load average" in table
+        assert all(row.keys() == table["rows"][0].keys() for row in table["rows"])
+
+
+def test_every_benchmark_is_here(root) -> None:
+    commands = {f.stem for f in (root / "benchmarks").glob("[!_]*.py")} - {"protocol"}
+    assert commands == set(TINY)
+
+
+def test_outputs_that_disagree_end_the_run() -> None:
+    protocol: Any = importlib.import_module("seedling.benchmarks.protocol")
+    theirs = torch.linspace(0, 2, 9)
+    assert protocol.difference(theirs + 1e-6, theirs, 1e-5) == pytest.approx(5e-7, rel=0.2)
+    for ours in (theirs + 1e-4, theirs * torch.nan):
+        with pytest.raises(SystemExit, match="at most 1e-05 is allowed"):
+            protocol.difference(ours, theirs, 1e-5)
+
+
+def test_sides_take_turns() -> None:
+    protocol: Any = importlib.import_module("seedling.benchmarks.protocol")
+    order: list[str] = []
+    sides = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    times = protocol.interleave(sides, runs=3)
+    assert order[-8:] == [*"ABBAABBA"]
+    assert all(len(t.seconds) >= 3 and t.shortest <= t.median for t in times.values())
