@@ -217,7 +217,7 @@ def suites(count: int) -> dict[str, list[Case]]:
 
 
 def evaluate(
-    model: Model, out: Path, count: int = 500, steps: int = 12, guidance: float = 2.5
+    model: Model, out: Path, count: int = 500, steps: int = 16, guidance: float = 2.0
 ) -> dict:
     """All suites; writes scores.json and one sheet a suite into `out`."""
     out.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ def read_fill(blob: Blob, shape: Fit) -> str:
     values = share[inside]
     if values.size < 12 or np.percentile(values, 88) - np.percentile(values, 12) < 0.48:
         return "plain"
-    gy, gx = np.gradient(ndimage.gaussian_filter(share, 0.6))
+    gy, gx = np.asarray(np.gradient(ndimage.gaussian_filter(share, 0.6)))
     deep = distance < -1.8 if (distance < -1.8).sum() > 40 else inside
     gy, gx = gy[deep], gx[deep]
     xx, yy, xy = (gx * gx).mean(), (gy * gy).mean(), (gx * gy).mean()

@@ -134,7 +134,7 @@ def _read_texture(tone: np.ndarray, free: np.ndarray) -> str:
     rest = values - plane @ solution
     if rest.var() < 0.3 * values.var():
         return "gradient"
-    gy, gx = np.gradient(ndimage.gaussian_filter(smooth, 0.7))
+    gy, gx = np.asarray(np.gradient(ndimage.gaussian_filter(smooth, 0.7)))
     inside = ndimage.binary_erosion(good, iterations=2)
     if inside.sum() < 100:
         return "noisy"

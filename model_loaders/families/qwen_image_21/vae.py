@@ -10,9 +10,10 @@ Names and shapes are the published ones (diffusers' `AutoencoderKLQwenImage21`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +277,7 @@ class Encoder(nn.Module):
 
     def stages(self) -> list[Stage]:
         """What runs before the attention, and can run in strips."""
-        first, *stages = (block.stage() for block in self.down_blocks)
+        first, *stages = (block.stage() for block in cast("Iterable[DownBlock]", self.down_blocks))
         thin = min(first.thin, self.folded)
         return [replace(first, run=self._start, lag=first.lag + 1, thin=thin), *stages]
 
@@ -308,7 +309,7 @@ class Decoder(nn.Module):
 
     def stages(self) -> list[Stage]:
         """What runs after the attention, and can run in strips."""
-        *stages, last = (block.stage() for block in self.up_blocks)
+        *stages, last = (block.stage() for block in cast("Iterable[UpBlock]", self.up_blocks))
         return [*stages, replace(last, run=self._finish, lag=last.lag + 1)]
 
     def _finish(self, x: Tensor, layers: Whole) -> Tensor:
@@ -400,7 +401,7 @@ class VAE(nn.Module):
     def _layout(self, x: Tensor) -> Tensor:
         """x as the layers want it: channels last, which makes norms and convolutions faster and
         these independent of the height; and in the dtype of the weights unless they are cast."""
-        dtype = x.dtype if self.casts else self.quant_conv.weight.dtype
+        dtype = x.dtype if self.casts else next(self.quant_conv.parameters()).dtype
         return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
