@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
 from .projection import CHANNELS, PATCH, Projection, pictures
 from .runs import Average, Budget, Run, warm_stable_decay
+from .speed import autocast, has_bf16_units
 
-ENCODER_DIM, DECODER_DIM = 144, 160
+ENCODER_DIM, DECODER_DIM = 144, 256
 ENCODER_CONSTANT, DECODER_CONSTANT = 300.0, 32.0
 
 
@@ -130,7 +131,7 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         average.values = state["average"]
-    budget = Budget(minutes, state.get("minutes", 0.0))
+    budget, bf16 = Budget(minutes, state.get("minutes", 0.0)), has_bf16_units()
     rng = np.random.default_rng(100 + state.get("step", 0))
     test = pictures(np.random.default_rng(2), 64)
 
@@ -152,7 +153,9 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
         with torch.no_grad():
             latents = vae.encode(pixels)
             latents = latents + torch.randn_like(latents) * 0.05 * torch.rand(batch, 1, 1, 1)
-        loss = reconstruction_loss(decode_for_training(vae, latents), pixels)
+        with autocast(bf16):
+            decoded = decode_for_training(vae, latents)
+        loss = reconstruction_loss(decoded.float(), pixels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

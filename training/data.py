@@ -21,6 +21,7 @@ from . import world
 from .prompts import Prompts
 
 SIZE = 128
+FULL = 0.5  # of the captions are full ones, whatever the world's odds of levels
 KINDS = (9, 11, 4, 3)  # classes of shape, colour, fill and size, 0 = no object
 
 
@@ -68,6 +69,7 @@ def draw(
     left_out = rng.random() < 0.08 and not held_out and level is None
     if kind == 0:
         scene = world.sample_scene(rng, held_out=held_out)
+        level = 3 if level is None and rng.random() < FULL else level
         text = world.sample_caption(scene, rng, level=level)[0].text
         return Sample("" if left_out else text, (), scene)
     if kind == 1:

@@ -52,7 +52,7 @@ class LayoutHead(nn.Module):
 
 def class_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, N, all classes), labels (B, kinds, N); empty places weigh a third."""
-    parts = logits.split(KINDS, dim=-1)
+    parts = logits.float().split(KINDS, dim=-1)
     taken = labels[:, 0] > 0
     weight = torch.where(taken, 1.0, 0.33)
     weight = weight / weight.sum()

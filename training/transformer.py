@@ -24,6 +24,7 @@ from .heads import LayoutHead, TokenHead
 from .projection import Projection
 from .prompts import Prompts, build_encoder
 from .runs import Average, Budget, Run, warm_stable_decay
+from .speed import autocast, compile_training, has_bf16_units
 
 DIT = DiTConfig(
     in_channels=64, layers=7, heads=6, head_dim=32, context_dim=192, mlp_dim=576, axes=(4, 14, 14)
@@ -89,7 +90,7 @@ def losses(
     """Flow-matching loss and the two heads' losses of one batch."""
     pixels = batch.pictures.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, R + 1, 4, 128, 128)
     b, images = pixels.shape[:2]
-    with torch.no_grad():
+    with torch.no_grad(), autocast(False):
         latents = vae.encode(pixels.flatten(0, 1)).unflatten(0, (b, images))
     hidden, slots = prompts.encode(student.reader, batch.ids, batch.pictures[:, :-1])
     layout, read = student.layout(hidden, batch.layout)
@@ -108,7 +109,7 @@ def losses(
         grid = torch.repeat_interleave(slots, torch.where(slots, 4, 1))
         shown = batch.labels[:, :-1].transpose(1, 2).flatten(2)
         tokens = tokens + 0.5 * student.tokens(before[:, grid], shown)[0]
-    flow = (velocity - (noise - target)).square().mean()
+    flow = (velocity.float() - (noise - target)).square().mean()
     return {"flow": flow, "layout": layout, "tokens": tokens, "read": read, "seen": seen}
 
 
@@ -143,13 +144,15 @@ def read(folder: Path, minutes: float, batch: int = 32, rate: float = 2e-3) -> N
 
 
 def train(
-    folder: Path, minutes: float, assets: Path, batch: int = 16, rate: float = 1.2e-3
+    folder: Path, minutes: float, assets: Path, batch: int = 32, rate: float = 1.2e-3
 ) -> None:
     """Joint flow-matching training; goes on where it stopped.
 
     A run that has not begun starts from its reader, or without one from the exported model.
     """
     begin(folder, assets)
+    compile_training()
+    bf16 = has_bf16_units()
     run, student, prompts, state = fresh(folder, "student")
     vae = latents_of(folder, assets)
     average = Average(student)
@@ -178,7 +181,8 @@ def train(
 
     for step in budget.steps(first, "student"):
         rows = next(feed)
-        parts = losses(student, vae, prompts, rows)
+        with autocast(bf16):
+            parts = losses(student, vae, prompts, rows)
         loss = parts["flow"] + 0.2 * parts["tokens"] + 0.1 * parts["layout"]
         _advance(student, steppers, loss, rate * warm_stable_decay(step, budget.progress))
         average.update(student, step)
