@@ -1,8 +1,9 @@
 """A bf16 checkpoint of the DiT of Qwen-Image-2.1 on a CPU: speed of a step, and resident memory.
 
-Speed: ours loads the file as a user does and widens each weight right before its use; diffusers
-computes in bf16, and in fp32 on the same values. Memory: a fresh process loads another, larger file
-and runs a prompt and a step; all that it grows by is counted, mapped pages of the file too.
+Speed: ours loads the file as a user does and widens each weight right before its use, or, asked for
+bf16, multiplies in bf16; diffusers computes in bf16, and in fp32 on the same values. Memory: a
+fresh process loads another, larger file and runs a prompt and a step; all that it grows by is
+counted, mapped pages of the file too.
 
 On a processor with bf16 arithmetic, ONEDNN_MAX_CPU_ISA=AVX2 shows what one without does.
 """
@@ -47,6 +48,7 @@ def speed(folder: Path, layers: int, heads: int, side: int, runs: int) -> list[d
     wide = diffusers_dit(config)
     wide.load_state_dict(narrow.state_dict())
     ours: DiT = load_dit(folder / FILE).module
+    rounded: DiT = load_dit(folder / FILE, dtype=torch.bfloat16).module
     scene = random_scene(config, side)
     steps = {}
     for name, network, given in [
@@ -58,6 +60,8 @@ def speed(folder: Path, layers: int, heads: int, side: int, runs: int) -> list[d
         steps[name] = partial(diffusers_velocity, network, given, cache, "cached")
     prefix = ours.prefix(scene.text, scene.slots, room=scene.tokens)
     steps["seedling, from bf16"] = partial(ours, scene.x, scene.t, prefix)
+    prefix = rounded.prefix(scene.text, scene.slots, room=scene.tokens)
+    steps["seedling, bf16 asked for"] = partial(rounded, scene.x, scene.t, prefix)
     outputs: dict[str, Tensor] = {name: step() for name, step in steps.items()}
     difference(outputs["seedling, from bf16"], outputs["diffusers, fp32"], LIMIT)
     times = interleave(steps, runs)

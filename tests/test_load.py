@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from seedling.model_loaders import load
 from seedling.model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
 from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
 from seedling.model_loaders.load import load_dit, load_encoder, load_vae
@@ -113,6 +114,19 @@ def test_16_bits_stay_16_bits_and_compute_in_fp32_on_a_cpu(tmp_path, dit):
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_asked_for_by_name_may_compute_in_bf16(tmp_path, dit, monkeypatch, units):
+    monkeypatch.setattr(load, "has_bf16_products", lambda: units)
+    path = save_dit(tmp_path / "b.safetensors", dit, torch.bfloat16)
+    named, stored = load_dit(path, dtype=torch.bfloat16), load_dit(path)
+    x = torch.randn(3, DIT.in_channels)
+    with torch.no_grad():
+        ours, exact = named.module.img_in(x), stored.module.img_in(x)
+    assert torch.equal(ours, exact) != units
+    torch.testing.assert_close(ours, exact, atol=0.05, rtol=0.02)
+    assert ("bf16" in " ".join(named.notes)) == units and not stored.notes
+
+
 def test_dtype_and_operations_can_be_chosen(tmp_path, dit):
     path = save_dit(tmp_path / "c.safetensors", dit)
     halved = load_dit(path, dtype=torch.float16)
@@ -169,7 +183,7 @@ def test_an_encoder_comes_with_its_tokenizer(tmp_path):
     from tokenizers import pre_tokenizers
 
     from seedling.model_loaders.families.qwen_image_21 import encoder as ours
-    from seedling.model_loaders.families.qwen_image_21.templates import byte_level_bpe
+    from seedling.model_loaders.tokenizers import byte_level_bpe
 
     letters = sorted("".join(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = byte_level_bpe({letter: i for i, letter in enumerate(letters)}, [])

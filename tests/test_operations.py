@@ -41,6 +41,21 @@ def test_a_widened_layer_is_the_fp32_layer_bit_for_bit(case, stored):
     assert all(p.dtype == stored for p in layer.parameters())
 
 
+@pytest.mark.parametrize("case", [name for name in LAYERS if name.startswith(("Lin", "Conv"))])
+def test_narrow_products_round_inputs_and_results_to_bf16(case):
+    args, kwargs, shape = LAYERS[case]
+    name = case.split(" ")[0].rstrip(",")
+    torch.manual_seed(0)
+    layer = getattr(widened(narrow=True), name)(*args, **kwargs, dtype=torch.bfloat16)
+    exact = getattr(widened(), name)(*args, **kwargs, dtype=torch.bfloat16)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(shape)
+    with torch.no_grad():
+        out, wanted = layer(x), exact(x.bfloat16())
+    assert out.dtype == torch.float32 and torch.equal(out, out.bfloat16().float())
+    torch.testing.assert_close(out, wanted, atol=1e-6, rtol=2**-7)
+
+
 def test_a_widened_embedding_widens_the_rows_it_looks_up():
     layer = widened().Embedding(50, 8, dtype=torch.bfloat16)
     rows = torch.tensor([[3, 49]])

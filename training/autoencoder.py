@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
+from ..quant.operations import has_bf16_products
 from .projection import CHANNELS, PATCH, Projection, pictures
 from .runs import Average, Budget, Run, warm_stable_decay
-from .speed import autocast, has_bf16_units
+from .speed import autocast
 
 ENCODER_DIM, DECODER_DIM = 144, 256
 ENCODER_CONSTANT, DECODER_CONSTANT = 300.0, 32.0
@@ -131,7 +132,7 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         average.values = state["average"]
-    budget, bf16 = Budget(minutes, state.get("minutes", 0.0)), has_bf16_units()
+    budget, bf16 = Budget(minutes, state.get("minutes", 0.0)), has_bf16_products()
     rng = np.random.default_rng(100 + state.get("step", 0))
     test = pictures(np.random.default_rng(2), 64)
 

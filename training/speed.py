@@ -19,11 +19,6 @@ from torch import Tensor
 from ..model_loaders.families.qwen_image_21 import dit
 
 
-def has_bf16_units() -> bool:
-    """Can this processor multiply bf16 matrices faster than fp32 ones?"""
-    return torch.cpu._is_amx_tile_supported()
-
-
 def autocast(enabled: bool) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..model_loaders.families.qwen_image_21.dit import DiT, DiTConfig, Prefix
 from ..model_loaders.families.qwen_image_21.vae import VAE
 from ..model_loaders.load import load_vae
+from ..quant.operations import has_bf16_products
 from .data import Batch, Feed
 from .export import NAME
 from .heads import LayoutHead, TokenHead
 from .projection import Projection
 from .prompts import Prompts, build_encoder
 from .runs import Average, Budget, Run, warm_stable_decay
-from .speed import autocast, compile_training, has_bf16_units
+from .speed import autocast, compile_training
 
 DIT = DiTConfig(
     in_channels=64, layers=7, heads=6, head_dim=32, context_dim=192, mlp_dim=576, axes=(4, 14, 14)
@@ -152,7 +153,7 @@ def train(
     """
     begin(folder, assets)
     compile_training()
-    bf16 = has_bf16_units()
+    bf16 = has_bf16_products()
     run, student, prompts, state = fresh(folder, "student")
     vae = latents_of(folder, assets)
     average = Average(student)
