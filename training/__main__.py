@@ -42,8 +42,10 @@ def main() -> None:
         train_tokenizer(texts, options.run / "tokenizer.json")
     elif options.stage == "vae":
         from .autoencoder import train as train_vae
+        from .export import NAME
 
-        train_vae(options.run, options.minutes)
+        exported = options.assets / "vae" / f"{NAME}.safetensors"
+        train_vae(options.run, options.minutes, exported)
     elif options.stage == "reader":
         from .transformer import read
 

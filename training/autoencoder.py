@@ -6,6 +6,7 @@ pairs (silu(x) - silu(-x) = x), the RMS norm held still by one large constant ch
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
+from ..model_loaders.load import load_vae
 from ..quant.operations import has_bf16_products
 from .projection import CHANNELS, PATCH, Projection, pictures
 from .runs import Average, Budget, Run, warm_stable_decay
@@ -105,24 +107,23 @@ def decode_for_training(vae: VAE, latents: Tensor) -> Tensor:
     return vae.decode(latents, clamp=False)
 
 
-def start(folder: Path) -> VAE:
-    """The VAE of a run: PCA-initialised the first time, the last checkpoint afterwards."""
+def start(folder: Path, exported: Path) -> dict[str, Any]:
+    """A run's last checkpoint; the first time, the exported VAE or else the projection as a VAE."""
     run = Run(folder, "vae")
     state = run.load()
     if state is None:
-        vae = linear_vae(Projection(folder))
-        run.save(config=vars(vae.config) | {}, weights=vae.state_dict(), step=0, minutes=0.0)
-        return vae
-    vae = VAE(VAEConfig(**state["config"]))
-    vae.load_state_dict(state.get("average", state["weights"]))
-    return vae
+        vae = load_vae(exported).module if exported.exists() else linear_vae(Projection(folder))
+        weights = {key: value.float() for key, value in vae.state_dict().items()}
+        state = {"config": asdict(vae.config), "weights": weights}
+    return state
 
 
-def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> None:
+def train(
+    folder: Path, minutes: float, exported: Path, batch: int = 16, rate: float = 4e-4
+) -> None:
     """Train the decoder; the encoder stays the PCA, so latents made earlier stay valid."""
-    run = Run(folder, "vae")
-    vae = start(folder)
-    state = run.load() or {}
+    run, state = Run(folder, "vae"), start(folder, exported)
+    vae = VAE(VAEConfig(**state["config"]))
     vae.load_state_dict(state["weights"])
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
@@ -142,7 +143,7 @@ def train(folder: Path, minutes: float, batch: int = 16, rate: float = 4e-4) -> 
         with torch.no_grad():
             quality = psnr(probe.decode(probe.encode(test)), test).mean()
         run.log(step=step, minutes=budget.spent, psnr=float(quality))
-        run.save(config=vars(vae.config) | {}, weights=vae.state_dict(), average=average.values,
+        run.save(config=asdict(vae.config), weights=vae.state_dict(), average=average.values,
                  optimizer=optimizer.state_dict(), step=step, minutes=budget.spent)  # fmt: skip
 
     step = first = state.get("step", 0)

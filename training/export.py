@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .projection import Projection
 from .runs import Run
 
 NAME = "seedling-tiny"
@@ -28,16 +29,21 @@ def export(folder: Path, assets: Path, dtype: torch.dtype = torch.bfloat16) -> l
             f"{folder} holds no trained student.pt and vae.pt; train them first."
         )
     weights = student["average"]
+    factors, bias = Projection(folder, assets / "vae" / f"{NAME}.safetensors").colours()
+    previews = {"latent_rgb_factors": _rounded(factors), "latent_rgb_bias": _rounded(bias)}
+    dit = SAMPLING | previews | student["dit"]
     written = [
-        _write(
-            assets / "diffusion_models", _part(weights, "dit."), SAMPLING | student["dit"], dtype
-        ),
+        _write(assets / "diffusion_models", _part(weights, "dit."), dit, dtype),
         _write(assets / "vae", vae.get("average", vae["weights"]), vae["config"], dtype),
         _write(assets / "text_encoders", _part(weights, "encoder."), student["encoder"], dtype),
     ]
     tokenizer = assets / "text_encoders" / f"{NAME}.tokenizer.json"
     shutil.copyfile(folder / "tokenizer.json", tokenizer)
     return [*written, tokenizer]
+
+
+def _rounded(values: Tensor) -> list:
+    return [_rounded(v) if v.ndim else round(float(v), 5) for v in values]
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

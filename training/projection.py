@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model_loaders.load import load_vae
 from .world import render, sample_scene
 
 CHANNELS, PATCH = 64, 16
@@ -43,14 +44,21 @@ def principal_components(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Projection:
-    """The encoder as the one matrix that it is; the trainer's short cut to latents."""
+    """The encoder as the one matrix that it is; the trainer's short cut to latents.
 
-    def __init__(self, folder: Path) -> None:
+    A run keeps its own; a run without one takes over that of `exported`, a VAE file of ours, so
+    that its latents stay what the exported DiT knows; else components are computed.
+    """
+
+    def __init__(self, folder: Path, exported: Path | None = None) -> None:
         path = folder / "projection.pt"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            rng = np.random.default_rng(1)
-            torch.save(principal_components(pictures(rng, 5000)), path)
+            pixels = pictures(np.random.default_rng(1), 5000)
+            if exported is not None and exported.exists():
+                torch.save(_written_in(exported, pixels), path)
+            else:
+                torch.save(principal_components(pixels), path)
         self.mean, self.components, self.std = torch.load(path, weights_only=True)
         scale = self.std**COMPRESSION
         self.scale = scale * (self.std / scale).max() / 2.0  # the loudest channel has deviation 2
@@ -60,3 +68,23 @@ class Projection:
         b, _, h, w = pixels.shape
         z = (patches(pixels) - self.mean) @ (self.components / self.scale[:, None]).T
         return z.reshape(b, h // PATCH, w // PATCH, CHANNELS).permute(0, 3, 1, 2)
+
+    def colours(self) -> tuple[Tensor, Tensor]:
+        """Factors (64, 3) and bias (3,) that turn a normalised latent into its mean RGB, -1..1."""
+        means = self.components.unflatten(1, (4, -1))[:, :3].mean(-1)
+        return means * self.scale[:, None], self.mean.unflatten(0, (4, -1))[:3].mean(-1)
+
+
+def _written_in(exported: Path, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, components and deviations as `autoencoder.linear_vae` wrote them into a VAE's encoder.
+
+    Its bias fixes the mean within the components only; the rest is that of `pixels`.
+    """
+    vae = load_vae(exported).module
+    layer, scale = vae.encoder.conv_in, torch.tensor(vae.config.latents_std)
+    components = layer.weight[:CHANNELS, :, 1, 1].float()
+    mean = patches(pixels).mean(0)
+    missing = -layer.bias[:CHANNELS].float() - components @ mean
+    mean = mean + torch.linalg.solve(components @ components.T, missing) @ components
+    loudest = 2 * scale.max()  # `Projection.scale` solved for the deviation
+    return mean, components, (2 * scale / loudest ** (1 - COMPRESSION)) ** (1 / COMPRESSION)
