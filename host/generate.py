@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..model_loaders.family import Kind
+from ..model_loaders.lora import open_lora
 from ..sampling.noise import image_seed
 from ..sampling.pipeline import Picture, Pipeline, Plan, Task
 from ..sampling.pipeline import check as check_task
@@ -40,13 +41,15 @@ class OrderError(ValueError):
 class Order:
     """What the user asked for. None: as the repeated picture has it, else as the checkpoint likes.
 
-    `count` pictures are made of each prompt. `repeat` is a picture whose recipe is followed.
+    `count` pictures are made of each prompt. `repeat` is a picture whose recipe is followed. Each
+    of `loras` is a path or a name, and after a colon a strength.
     """
 
     prompts: tuple[str, ...] = ()
     references: tuple[Path, ...] = ()
     repeat: Path | None = None
     weights: models.Choice = models.Choice()
+    loras: tuple[str, ...] = ()
     size: str | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -95,7 +98,8 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
     check(order, prompts)
     target = target_of(order.out, len(prompts) * order.count)
     files = references_of(order, old)
-    pipeline = load(weights_of(order, old, say), device_of(order.device), say)
+    loras = loras_of(order, old, say)
+    pipeline = load(weights_of(order, old, say), device_of(order.device), say, loras)
     seed = secrets.randbelow(1 << 32) if order.seed is None else order.seed
     wanted = replace(order, seed=old.seed if old and order.seed is None else seed)
     tasks = [task_of(replace(wanted, prompts=(p,)), old, pipeline, files) for p in prompts]
@@ -183,6 +187,32 @@ def weights_of(order: Order, old: Recipe | None, say: Say) -> dict[Kind, Path]:
     return found
 
 
+def loras_of(order: Order, old: Recipe | None, say: Say) -> tuple[tuple[Path, float], ...]:
+    """The LoRA files with their strengths: those that were said, else the repeated picture's."""
+    if not order.loras and old and order.repeat:
+        return recipe.find_loras(old, order.repeat, order.weights.comfyui)
+    if order.loras and old and old.loras:
+        say(f"Note: without {' and '.join(s.file for s in old.loras)}, as --lora says.")
+    found = tuple(lora_of(word, order.weights.comfyui) for word in order.loras)
+    for path, _ in found:
+        open_lora(path)  # a file that is none is told before any weight is read
+    return found
+
+
+def lora_of(word: str, comfyui: Path | None) -> tuple[Path, float]:
+    """`style.safetensors:0.8` -> the file and 0.8; 1 where no number is said."""
+    name, colon, tail = word.rpartition(":")
+    try:
+        strength = float(tail) if colon and name else None
+    except ValueError:  # of a path with a colon in it
+        strength = None
+    if strength is None or Path(word).exists():
+        name, strength = word, 1.0
+    if not math.isfinite(strength):
+        raise OrderError(f"--lora {word}: the strength must be a number such as 0.8.")
+    return models.look_up("lora", name, comfyui), strength
+
+
 def device_of(name: str) -> torch.device:
     """The device called `name`; OrderError when there is none that computes."""
     if name == "auto":
@@ -198,9 +228,16 @@ def device_of(name: str) -> torch.device:
     raise OrderError(f"--device {name} cannot be used here ({why}); try cpu, or leave it out.")
 
 
-def load(paths: dict[Kind, Path], device: torch.device, say: Say) -> Pipeline:
-    """Load the three files; say what the user should know about them."""
-    pipeline = Pipeline.load(paths["dit"], paths["vae"], paths["encoder"], device=device)
+def load(
+    paths: dict[Kind, Path],
+    device: torch.device,
+    say: Say,
+    loras: Sequence[tuple[Path, float]] = (),
+) -> Pipeline:
+    """Load the three files and LoRAs; say what the user should know about them."""
+    pipeline = Pipeline.load(
+        paths["dit"], paths["vae"], paths["encoder"], device=device, loras=loras
+    )
     parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
     for licence in dict.fromkeys(part.licence for part in parts):
         if not licence.commercial:
@@ -208,6 +245,9 @@ def load(paths: dict[Kind, Path], device: torch.device, say: Say) -> Pipeline:
     for part in parts:
         for note in part.notes:
             say(f"Note: {part.checkpoint.name}: {note}")
+    for lora, _ in pipeline.loras.values():
+        if lora.unmatched:
+            say(f"Note: {lora.unmatched}")
     return pipeline
 
 
@@ -264,9 +304,12 @@ def headline(pipeline: Pipeline, tasks: Sequence[Task], plan: Plan) -> str:
     if first.count > 1:
         seeds = f"seeds {first.seed} to {image_seed(first.seed, first.count - 1)}"
     shown = "".join(f", image {i} at {w} x {h}" for i, (w, h) in enumerate(plan.references, 1))
+    loras = "".join(
+        f" + {lora.checkpoint.name} at {strength:g}" for lora, strength in pipeline.loras.values()
+    )
     return (
         f"Making {what} of {plan.size[0]} x {plan.size[1]}{shown} with "
-        f"{pipeline.dit.checkpoint.name} ({pipeline.family.title}) on {pipeline.device}: "
+        f"{pipeline.dit.checkpoint.name}{loras} ({pipeline.family.title}) on {pipeline.device}: "
         f"{steps} {'step' if steps == 1 else 'steps'} of {first.sampler}, schedule {plan.schedule} "
         f"({plan.reason}), guidance {plan.guidance:g}, {seeds}."
     )
@@ -309,6 +352,7 @@ class Writer:
     ) -> None:
         parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
         self.weights: dict[Kind, Source] = recipe.weights(parts, folder)
+        self.loras = recipe.loras(pipeline.loras, folder)
         self.references = tuple(recipe.source(f.path, f.sha256, folder) for f in files)
         self.made_with = recipe.made_with(pipeline.device)
 
@@ -330,6 +374,7 @@ class Writer:
             resolution=task.resolution,
             weights=self.weights,
             made_with=self.made_with,
+            loras=self.loras,
         )
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..model_loaders.checkpoint import Checkpoint
 from ..model_loaders.family import Kind
@@ -16,16 +17,18 @@ from ..model_loaders.load import FOLDERS
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = "seedling-tiny.safetensors"
 KINDS: tuple[Kind, ...] = ("dit", "vae", "encoder")
+Slot = Literal["dit", "vae", "encoder", "lora"]
 TITLES: dict[Kind, str] = {
     "dit": "diffusion models",
     "vae": "VAEs",
     "encoder": "text encoders",
 }
 # ComfyUI's names under models/, today's first; assets/ has today's.
-COMFYUI: dict[Kind, tuple[str, ...]] = {
+COMFYUI: dict[Slot, tuple[str, ...]] = {
     "dit": ("diffusion_models", "unet"),
     "vae": ("vae",),
     "encoder": ("text_encoders", "clip"),
+    "lora": ("loras",),
 }
 SAMPLES, SAMPLE = 256, 4096  # of a weight file, for its fingerprint
 
@@ -95,12 +98,12 @@ def is_embedded(path: Path) -> bool:
     return path.resolve().is_relative_to(ASSETS)
 
 
-def look_up(kind: Kind, name: str, comfyui: Path | None = None) -> Path:
+def look_up(kind: Slot, name: str, comfyui: Path | None = None) -> Path:
     """The file or folder that `name` means: a path, or a name in one of the model folders."""
     return Path(name) if Path(name).exists() else named(kind, name, comfyui)
 
 
-def named(kind: Kind, name: str, comfyui: Path | None = None) -> Path:
+def named(kind: Slot, name: str, comfyui: Path | None = None) -> Path:
     """The file called `name` (its ending may be left out) in one of the model folders."""
     roots = folders(kind, comfyui)
     for root in roots:
@@ -115,7 +118,7 @@ def named(kind: Kind, name: str, comfyui: Path | None = None) -> Path:
     raise ModelsError(f"--{kind} {name} is no file, and nothing in {places} is called so{hint}.")
 
 
-def folders(kind: Kind, comfyui: Path | None = None) -> list[Path]:
+def folders(kind: Slot, comfyui: Path | None = None) -> list[Path]:
     """Where files of one kind are looked for. `comfyui` wins over the variable COMFYUI_DIR."""
     roots = [ASSETS / COMFYUI[kind][0]]
     place = comfyui or (Path(os.environ["COMFYUI_DIR"]) if os.environ.get("COMFYUI_DIR") else None)

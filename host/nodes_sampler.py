@@ -68,14 +68,10 @@ class KSampler(io.ComfyNode):
 
 def shift_of(model: Any) -> float:
     """mu of the checkpoint's schedule at its own resolution, as the ComfyUI bridge sets it."""
-    from ..sampling.schedules import resolution_shift
+    from ..sampling.schedules import shift_of as mu_of
 
-    schedule = model.schedule
     side = model.checkpoint.config.get("resolution", 1024) // model.family.pixels_per_token
-    return resolution_shift(
-        side * side, schedule.base_shift, schedule.max_shift, schedule.base_tokens,
-        schedule.max_tokens,
-    )  # fmt: skip
+    return mu_of(model.schedule, side * side, model.schedule.steps)
 
 
 def sampled(model: Any, start: Tensor, sigmas: list[float], options: dict[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from ..model_loaders.checkpoint import CheckpointError, open_checkpoint
 from ..model_loaders.family import Kind
 from ..model_loaders.load import Loaded
+from ..model_loaders.lora import Lora
 from . import models
 from .pictures import PictureError, PictureFile, read_picture, read_text
 
@@ -44,6 +45,11 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LoraSource(Source):
+    strength: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that one picture depends on. `resolution` None: as the checkpoint likes it."""
 
@@ -60,6 +66,7 @@ class Recipe:
     resolution: int | None
     weights: Mapping[Kind, Source]
     made_with: Mapping[str, str]
+    loras: tuple[LoraSource, ...] = ()
 
     def text(self) -> str:
         """As JSON; text stays readable, whatever its script."""
@@ -106,6 +113,7 @@ def _parsed(content: Any) -> Recipe:
         resolution=None if resolution is None else _typed(content, "resolution", int),
         weights={kind: _source(weights.get(kind)) for kind in models.KINDS},
         made_with={str(k): str(v) for k, v in _typed(content, "made_with", dict).items()},
+        loras=tuple(_lora(s) for s in _typed({"loras": [], **content}, "loras", list)),
     )
     if len(recipe.size) != 2 or len(recipe.sigmas) != recipe.steps + 1:
         raise ValueError("its size or its sigmas have the wrong length")
@@ -135,6 +143,11 @@ def _source(content: Any) -> Source:
     )
 
 
+def _lora(content: Any) -> LoraSource:
+    strength = float(_typed(content, "strength", (int, float)))
+    return LoraSource(**vars(_source(content)), strength=strength)
+
+
 def source(path: Path, hashed: str, folder: Path) -> Source:
     """A file as a picture in `folder` names it."""
     if models.is_embedded(path):
@@ -157,6 +170,16 @@ def weights(loaded: Sequence[Loaded], folder: Path) -> dict[Kind, Source]:
         part.kind: source(part.checkpoint.path, models.fingerprint(part.checkpoint), folder)
         for part in loaded
     }
+
+
+def loras(used: Mapping[Path, tuple[Lora, float]], folder: Path) -> tuple[LoraSource, ...]:
+    """The LoRAs of a pipeline, in their order, as a picture in `folder` names them."""
+    return tuple(
+        LoraSource(
+            **vars(source(path, models.fingerprint(lora.checkpoint), folder)), strength=strength
+        )
+        for path, (lora, strength) in used.items()
+    )
 
 
 def made_with(device: torch.device) -> dict[str, str]:
@@ -231,7 +254,16 @@ def find_weights(
     }
 
 
-def _find_part(kind: Kind, wanted: Source, picture: Path, comfyui: Path | None) -> Path:
+def find_loras(
+    recipe: Recipe, picture: Path, comfyui: Path | None
+) -> tuple[tuple[Path, float], ...]:
+    """The LoRAs of a recipe again, with their strengths; as `find_weights`."""
+    return tuple(
+        (_find_part("lora", wanted, picture, comfyui), wanted.strength) for wanted in recipe.loras
+    )
+
+
+def _find_part(kind: models.Slot, wanted: Source, picture: Path, comfyui: Path | None) -> Path:
     there = picture.parent / wanted.path if wanted.path else None
     places = [there] if there and there.exists() else []
     missing = ""

@@ -41,13 +41,14 @@ class Source:
     """Where a canonical tensor is found: a name in the file, and what part of that tensor it is.
 
     `rows` are a range of the first axis; `last_tap` takes the last index of the third axis (the
-    newest frame of a causal convolution's kernel), which thereby disappears. Neither copies
-    anything.
+    newest frame of a causal convolution's kernel), which thereby disappears; `shape` is the same
+    numbers with other sides (a 1x1 convolution as a matrix). None copies anything.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     last_tap: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Checkpoint:
             info = replace(info, shape=sides, stored=sides, begin=begin, end=end, rows=source.rows)
         if source.last_tap:
             info = replace(info, shape=(*info.shape[:2], *info.shape[3:]), last_tap=True)
+        if source.shape is not None:
+            info = replace(info, shape=source.shape)
         return info
 
     def torch_dtype(self, name: str) -> torch.dtype:
@@ -132,7 +135,7 @@ class Checkpoint:
             raise CheckpointError(f"{where} cannot be read: {error}.") from error
         if info.rows is not None:
             tensor = tensor[info.rows[0] : info.rows[1]]
-        return tensor[:, :, -1] if info.last_tap else tensor
+        return (tensor[:, :, -1] if info.last_tap else tensor).view(info.shape)
 
     def copy_into(self, name: str, out: Tensor, buffer: Tensor | None = None) -> None:
         """Stream the tensor into `out` (same shape, contiguous, any dtype and device).

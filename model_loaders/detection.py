@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 LISTED = 10  # names in one message
 MAX_TENSORS = 20_000  # ten times the largest model; a hostile header is not built into a module
 PLAIN = ("F64", "F32", "F16", "BF16")
-LORA_MARKS = (
-    ".lora_A.",
-    ".lora_B.",
-    ".lora_down.",
-    ".lora_up.",
-    ".lokr_w",
-    ".hada_w",
-    ".lora.down.",
-)
 # Dtypes that only quantized weights have, as people call them.
 NARROW = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
@@ -57,7 +48,12 @@ class Found:
     @property
     def title(self) -> str:
         """For sentences: "the VAE of Qwen-Image-2.1"."""
-        return f"the {noun(self.component.kind)} of {self.family.title}"
+        return f"the {noun(self.component.kind)} of {self.model}"
+
+    @property
+    def model(self) -> str:
+        """The published model, where the family has several and this is a DiT; else the family."""
+        return model_title(self.family, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -68,26 +64,47 @@ class Differences:
     unused: tuple[str, ...]  # in the file, but not in the table
 
 
+def model_title(family: Family, checkpoint: Checkpoint) -> str:
+    return family.variants.get(checkpoint.config.get("variant", ""), family.title)
+
+
 def noun(kind: str) -> str:
     return TITLES[kind].split(" ", 1)[1]
 
 
-def detect(checkpoint: Checkpoint) -> Found | None:
-    """The family and component whose names these are; None for none."""
+def detect(checkpoint: Checkpoint, variant: str | None = None) -> Found | None:
+    """The family and component whose names these are; None for none.
+
+    `variant`: which of its family's models a DiT is, where the user knows better than the file.
+    """
     for family in FAMILIES:
         for component in family.components:
             layout = component.layout(checkpoint.names)
             if layout is not None:
                 view = checkpoint.view(layout.sources(checkpoint.names))
-                return Found(family, component, layout, view)
+                found = Found(family, component, layout, view)
+                return _settled(found, variant) if component.kind == "dit" else found
     return None
 
 
-def lora_family(checkpoint: Checkpoint) -> tuple[bool, Family | None]:
-    """Whether this is a LoRA, and of which family."""
-    if not any(mark in name for name in checkpoint.names for mark in LORA_MARKS):
-        return False, None
-    return True, next((f for f in FAMILIES if f.is_lora(checkpoint.names)), None)
+def _settled(found: Found, variant: str | None) -> Found:
+    """The same, its config filled with what the family knows of this file."""
+    family, checkpoint = found.family, found.checkpoint
+    if variant is not None and variant not in family.variants:
+        known = f"one of {', '.join(family.variants)}" if family.variants else "no variant"
+        raise CheckpointError(
+            f"{checkpoint.name} is of the family {family.title}, which has no variant {variant}; "
+            f"choose {known}."
+        )
+    if family.settings is None:
+        return found
+    config = {**checkpoint.config, **({"variant": variant} if variant else {})}
+    checkpoint = replace(checkpoint, config=config)
+    try:
+        config |= family.settings(checkpoint)
+    except UNFIT as error:
+        raise _unfit(found, error) from error
+    return replace(found, checkpoint=replace(checkpoint, config=config))
 
 
 def what_fits(kind: Kind) -> str:
@@ -226,6 +243,12 @@ def refuse_differences(found: Found, differences: Differences) -> None:
         f"{found.checkpoint.name} does not fit {found.title}: {count}.\n{listed}{more}\nA file "
         f"that fits: {found.component.example}."
     )
+
+
+def variant_note(found: Found) -> tuple[str, ...]:
+    """Why this is taken for one of its family's published models: one sentence, or nothing."""
+    reason = found.checkpoint.config.get("variant_reason") if found.family.settings else None
+    return (f"Taken for {found.model}: {reason}.",) if reason else ()
 
 
 def unused_note(differences: Differences) -> tuple[str, ...]:

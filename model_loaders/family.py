@@ -6,8 +6,8 @@ A family is one architecture with everything that makes its pictures right. It i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class Schedule:
 
     `sigmas` (with the final 0.0) belongs to a distilled checkpoint and wins over the shift, which
     runs linearly from `base_shift` at `base_tokens` to `max_shift` at `max_tokens`; `terminal` is
-    the value that the last sigma before 0 is stretched to, None for no stretch. `reason` says why
-    this was chosen.
+    the value that the last sigma before 0 is stretched to, None for no stretch. `mu(tokens, steps)`
+    replaces that line. `embedded_guidance`: the network reads the guidance, which goes into its
+    prefix, and no negative prompt is run. `norm_rescale`: what guidance makes of a token keeps the
+    length that it had without. `reason` says why this was chosen.
     """
 
     name: str
@@ -54,6 +56,9 @@ class Schedule:
     base_tokens: int = 256
     max_tokens: int = 8192
     terminal: float | None = None
+    mu: Callable[[int, int], float] | None = None
+    embedded_guidance: bool = False
+    norm_rescale: bool = False
     reason: str = ""
 
 
@@ -78,6 +83,8 @@ class Component:
     `config` raises KeyError (a tensor that is needed is missing) or ValueError (shapes do not add
     up). `unused` are published tensors that the network does not need. `finish` turns the loaded
     module into what callers work with (an encoder with its tokenizer), given the path it came from.
+    `published` are the configs of published networks by their names: a LoRA is recognised by the
+    one that it fits.
     """
 
     kind: Kind
@@ -87,6 +94,7 @@ class Component:
     build: Callable[..., nn.Module]  # (config, operations, device, dtype)
     unused: tuple[str, ...] = ()
     finish: Callable[..., Any] | None = None
+    published: Callable[[], Mapping[str, Any]] | None = None
 
     def layout(self, names: Mapping[str, TensorInfo]) -> Layout | None:
         """The layout these names are in, None when this is another kind of file."""
@@ -105,6 +113,17 @@ class Family:
     is brought to, `resize(image, size)` does it. `prefix(dit, encoder, prompt, images, latents,
     room=, dtype=)` is what `dit(x, t, prefix)` reads at every step. `check(dit, vae, encoder)`
     raises CheckpointError when loaded components do not fit each other.
+
+    `pixels_per_latent`: side of the square that one latent covers. `pads`: a reference that keeps
+    its own size (area 0) is padded to whole steps, never resized, and the picture is as large as
+    the reference. `encoder_resizes`: the encoder is shown references as they were given. A family
+    of several published models names them in `variants` (name -> title), and `settings` says of a
+    DiT's checkpoint which one it is: what its config gets, `variant`, `variant_reason` and
+    `resolution` among it. `reading(dit)` are the arguments with which its encoder reads;
+    `accepts(dit, count)` raises CheckpointError for so many references that it cannot take.
+    `frames(dit, layers)` latents are painted together, as a batch; all but the first of several
+    are pictures. `modulations(dit, sigmas, dtype)` is what depends on a step's sigma alone, one
+    for each; `dit(x, t, prefix, one)` then does not compute it.
     """
 
     name: str
@@ -113,7 +132,6 @@ class Family:
     components: tuple[Component, ...]
     schedule: Callable[[Checkpoint], Schedule]
     licence_of: Callable[[Checkpoint], Licence]
-    is_lora: Callable[[Mapping[str, TensorInfo]], bool]
     step: int
     pixels_per_token: int
     channels: Callable[[Any], int]
@@ -121,6 +139,19 @@ class Family:
     resize: Callable[[Any, tuple[int, int]], Any]
     prefix: Callable[..., Any]
     check: Callable[[Any, Any, Any], None]
+    pixels_per_latent: int = 16
+    pads: bool = False
+    encoder_resizes: bool = False
+    variants: Mapping[str, str] = field(default_factory=dict)
+    settings: Callable[[Checkpoint], Mapping[str, Any]] | None = None
+    reading: Callable[[Any], Mapping[str, Any]] | None = None
+    accepts: Callable[[Any, int], None] | None = None
+    frames: Callable[[Any, int], int] | None = None
+    modulations: Callable[[Any, Sequence[float], Any], Sequence[Any]] | None = None
+
+    @property
+    def latents_per_token(self) -> int:
+        return (self.pixels_per_token // self.pixels_per_latent) ** 2
 
     def component(self, kind: Kind) -> Component | None:
         return next((c for c in self.components if c.kind == kind), None)

@@ -14,7 +14,6 @@ from .detection import (
     compare,
     config_of,
     detect,
-    lora_family,
     main_dtype,
     noun,
     parameters,
@@ -25,9 +24,11 @@ from .detection import (
     table_of,
     unknown,
     unused_note,
+    variant_note,
 )
 from .families import FAMILIES
-from .family import Family, Licence
+from .family import Licence
+from .lora import is_lora, open_lora, recognise, some
 
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -42,7 +43,9 @@ class Report:
     variant: str | None = None
     reason: str | None = None  # why this variant
     component: str | None = None  # dit, vae, encoder, lora
-    layout: str | None = None
+    layout: str | None = None  # of a LoRA: its form and whose names it has
+    modules: int | None = None  # of a LoRA: layers it is for
+    ranks: tuple[int, ...] = ()  # of a LoRA, all that occur
     parameters: int | None = None
     dtype: str | None = None
     quantization: str | None = None
@@ -71,11 +74,16 @@ class Report:
         if self.component:
             known = f"{self.title} ({self.family})" if self.family else "Unknown family"
             lines.append(f"  {known}: {noun(self.component)}")
+        if self.modules is not None:
+            ranks = f", rank {' to '.join(map(str, _ends(self.ranks)))}" if self.ranks else ""
+            layers = "1 layer" if self.modules == 1 else f"{self.modules} layers"
+            lines.append(f"  {self.layout}, for {layers}{ranks}")
         if self.variant:
             lines.append(f"  Sampled as {self.variant}: {self.reason}.")
         if self.parameters is not None and self.bytes is not None:
             form = f", quantized as {self.quantization}" if self.quantization else ""
-            layout = f", names as in {self.layout}" if self.layout else ""
+            is_model = self.layout and self.modules is None
+            layout = f", names as in {self.layout}" if is_model else ""
             lines.append(
                 f"  {_count(self.parameters)} parameters, {self.dtype}{form}, "
                 f"{self.bytes / 1e9:.3g} GB{layout}"
@@ -102,9 +110,9 @@ def inspect(path: Path | str) -> Report:
         return replace(report, quantization=form, problems=(str(error),))
     report = _numbers(report, checkpoint)
     try:
-        is_lora, family = lora_family(checkpoint)
-        if is_lora:
-            return _lora(report, checkpoint, family)
+        if is_lora(checkpoint.names):
+            report = replace(report, component="lora")
+            return _lora(report)
         found = detect(checkpoint)
         if found is None:
             known = ", ".join(family.title for family in FAMILIES)
@@ -125,20 +133,31 @@ def _numbers(report: Report, checkpoint: Checkpoint) -> Report:
     )
 
 
-def _lora(report: Report, checkpoint: Checkpoint, family: Family | None) -> Report:
-    report = replace(report, component="lora")
-    if family is None:
-        return replace(
-            report,
-            problems=(f"{checkpoint.name} is a LoRA for a model that Seedling does not know.",),
+def _lora(report: Report) -> Report:
+    lora = open_lora(report.file)
+    report = replace(report, layout=lora.style, modules=len(lora.modules), ranks=lora.ranks)
+    match = recognise(lora)
+    if match is None:
+        problem = (
+            f"{lora.name} is a LoRA for a model that Seedling does not know; its layers are "
+            f"called {some(lora.modules)}."
         )
-    return _terms(replace(report, family=family.name, title=family.title), family.licence)
+        return replace(report, problems=(problem,))
+    family = match.family
+    fits = f"Its shapes are those of {match.variant}."
+    if match.variant is None:
+        fits = f"Its shapes are those of no published {family.title}: for a network of other sizes."
+    notes = [fits]
+    if left_out := (*match.unmatched, *lora.strange):
+        notes.append(f"{len(left_out)} of its parts fit nothing there: {some(left_out)}.")
+    report = replace(report, family=family.name, title=family.title, notes=tuple(notes))
+    return _terms(report, family.licence)
 
 
 def _component(report: Report, found: Found) -> Report:
     family, kind = found.family, found.component.kind
     report = replace(
-        report, family=family.name, title=family.title, component=kind, layout=found.layout.name
+        report, family=family.name, title=found.model, component=kind, layout=found.layout.name
     )
     report = _terms(report, family.licence_of(found.checkpoint))
     try:
@@ -147,7 +166,7 @@ def _component(report: Report, found: Found) -> Report:
             report = replace(report, variant=schedule.name, reason=schedule.reason)
         refuse_quantized(found)
         differences = compare(found, table_of(found, config_of(found), TORCH))
-        report = replace(report, notes=unused_note(differences))
+        report = replace(report, notes=(*variant_note(found), *unused_note(differences)))
         refuse_differences(found, differences)
     except CheckpointError as error:
         return replace(report, problems=(str(error),))
@@ -165,6 +184,11 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def _ends(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The smallest and the largest, or the only one."""
+    return tuple(dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def _count(number: int) -> str:

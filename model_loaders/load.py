@@ -17,7 +17,6 @@ from .detection import (
     compare,
     config_of,
     detect,
-    lora_family,
     main_dtype,
     noun,
     refuse_differences,
@@ -26,9 +25,11 @@ from .detection import (
     table_of,
     unknown,
     unused_note,
+    variant_note,
     what_fits,
 )
 from .family import TITLES, Family, Kind, Licence, Schedule
+from .lora import is_lora
 
 # The folder of each component in a diffusers pipeline.
 FOLDERS: dict[Kind, str] = {"dit": "transformer", "vae": "vae", "encoder": "text_encoder"}
@@ -61,15 +62,18 @@ def load_dit(
     operations: Operations | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    variant: str | None = None,
 ) -> Loaded:
     """Load a diffusion model from a file, its folder, or the folder of the whole pipeline.
+
+    `variant` says which of its family's models it is, where the file does not (`Family.variants`).
 
     Without `operations` and `dtype` weights stay as they are stored: 32 bits run in plain torch, 16
     bits on a CPU in `widened` layers, with fp32's arithmetic. Asking for bf16 by name also allows
     its arithmetic, where the processor has it; `notes` then say so. Raises CheckpointError: one
     sentence that names the file.
     """
-    return _load("dit", path, operations, dtype, device)
+    return _load(find("dit", path, variant), operations, dtype, device)
 
 
 def load_vae(
@@ -80,7 +84,7 @@ def load_vae(
     device: torch.device | str = "cpu",
 ) -> Loaded:
     """Load a VAE; as `load_dit`. Off the CPU fp16 becomes bf16, whose range it needs."""
-    return _load("vae", path, operations, dtype, device)
+    return _load(find("vae", path), operations, dtype, device)
 
 
 def load_encoder(
@@ -95,19 +99,18 @@ def load_encoder(
 
     The tokenizer is looked for beside the file and in `tokenizer_paths` (files or folders).
     """
-    return _load("encoder", path, operations, dtype, device, tokenizer_paths=tokenizer_paths)
+    found = find("encoder", path)
+    return _load(found, operations, dtype, device, tokenizer_paths=tokenizer_paths)
 
 
 def _load(
-    kind: Kind,
-    path: Path | str,
+    found: Found,
     operations: Operations | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
     **finish: Any,
 ) -> Loaded:
-    found = find(kind, path)
-    device = torch.device(device)
+    kind, device = found.component.kind, torch.device(device)
     config = config_of(found)
     stored = getattr(torch, _TORCH_NAMES[main_dtype(found.checkpoint.names)])
     operations, dtype = _precision(kind, operations, dtype, device, stored)
@@ -129,7 +132,7 @@ def _load(
         checkpoint=found.checkpoint,
         layout=found.layout.name,
         dtype=dtype or stored,
-        notes=(*unused_note(differences), *precision_note(operations)),
+        notes=(*variant_note(found), *unused_note(differences), *precision_note(operations)),
     )
 
 
@@ -145,16 +148,15 @@ def precision_note(operations: Operations) -> tuple[str, ...]:
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def find(kind: Kind, path: Path | str) -> Found:
+def find(kind: Kind, path: Path | str, variant: str | None = None) -> Found:
     """Open `path` and make sure that it is a `kind` that can be read. Reads headers only."""
     path = Path(path)
     if (path / "model_index.json").is_file() and (path / FOLDERS[kind]).is_dir():
         path = path / FOLDERS[kind]
     checkpoint = open_checkpoint(path)
-    is_lora, _ = lora_family(checkpoint)
-    if is_lora:
+    if is_lora(checkpoint.names):
         raise CheckpointError(f"{checkpoint.name} is a LoRA, not a whole model; {what_fits(kind)}.")
-    found = detect(checkpoint)
+    found = detect(checkpoint, variant)
     if found is None:
         raise CheckpointError(f"{unknown(checkpoint)}; {what_fits(kind)}.")
     if found.component.kind != kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..model_loaders.load import Loaded
 from ..sampling import SamplingError
 from ..sampling.guidance import guided
-from ..sampling.pipeline import OPAQUE_ALPHA, OPAQUE_SHARE
+from ..sampling.pipeline import OPAQUE_ALPHA, OPAQUE_SHARE, known_ahead, rescaled
 
 # What changes how core calls a model; without all of it the model can be asked directly.
 HOOKS = (
@@ -36,7 +37,8 @@ class Words:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, images: Any = (), **kwargs: Any
     ) -> dict[str, Any]:
-        return {"prompt": text, "images": [x[0] if x.ndim == 4 else x for x in images]}
+        images = [x[0] if x.ndim == 4 else x for x in images]
+        return {"prompt": text, "images": images, "how": kwargs.get("how", {})}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -62,7 +64,8 @@ class TextModel(nn.Module):
         """No option is ever kept."""
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, None, dict[str, Any]]:
-        read = self.seedling.module.encode(tokens["prompt"], tokens["images"])
+        how = tokens.get("how", {})
+        read = self.seedling.module.encode(tokens["prompt"], tokens["images"], **how)
         extra = {"slots": read.slots.to(self.output), "reference_latents": []}
         return read.hidden.to(self.output), None, extra
 
@@ -92,6 +95,8 @@ class Frames(nn.Module):
 
 def without_alpha(images: Tensor) -> Tensor:
     """Pictures (B, H, W, 4) in 0..1 as RGB when all of them are opaque, as the pipeline does it."""
+    if images.shape[-1] == 3:
+        return images
     share = (images[..., 3] > OPAQUE_ALPHA).float().mean(dim=(1, 2))
     return images[..., :3] if bool((share >= OPAQUE_SHARE).all()) else images
 
@@ -122,8 +127,11 @@ def is_plain(guider: Any, extra_args: dict[str, Any]) -> bool:
     )
 
 
-def directly(guider: Any) -> Any:
+def directly(guider: Any, sigmas: Sequence[float]) -> Any:
     """The guided velocity of our model, as `sampling/pipeline.py` computes it."""
+    inner = guider.inner_model
+    ahead = known_ahead(inner.seedling, sigmas, inner.get_dtype_inference())
+    rescale = rescaled(inner.seedling)
     named = ("positive", "negative") if guider.cfg != 1 else ("positive",)
     prefixes = [
         c["model_conds"]["prefix"].cond for name in named for c in guider.conds.get(name, [])
@@ -131,7 +139,8 @@ def directly(guider: Any) -> Any:
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         at = x.new_full((len(x),), sigma)
-        positive, *negative = (guider.inner_model.velocity(x, at, p) for p in prefixes)
-        return guided(positive, negative[0], guider.cfg) if negative else positive
+        known = (ahead[sigma],) if ahead else ()
+        positive, *negative = (inner.velocity(x, at, p, *known) for p in prefixes)
+        return guided(positive, negative[0], guider.cfg, rescale) if negative else positive
 
     return velocity

@@ -6,6 +6,8 @@ inside functions for that reason. Written against ComfyUI 0.33.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ..quant.operations import Operations
 from ..sampling import SamplingError
 from ..sampling.noise import batch_noise
 from ..sampling.samplers import sampler
-from ..sampling.schedules import resolution_shift
+from ..sampling.schedules import shift_of
 from .adapters import (
     Frames,
     TextModel,
@@ -26,6 +28,7 @@ from .adapters import (
     memory_factor,
     without_alpha,
 )
+from .lora_keys import Named, published, renaming
 from .runtime import Prefix, Report, Run, one_by_one, preview_of
 
 PREVIEW_SIDE = 512
@@ -34,8 +37,12 @@ PREVIEW_SIDE = 512
 class ComfyUI:
     """The runtime inside ComfyUI."""
 
-    def load(self, kind: str, path: str, dtype: torch.dtype | None) -> Any:
-        return {"dit": load_model, "encoder": load_clip, "vae": load_our_vae}[kind](path, dtype)
+    def load(
+        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
+    ) -> Any:
+        if kind == "dit":
+            return load_model(path, dtype, variant)
+        return {"encoder": load_clip, "vae": load_our_vae}[kind](path, dtype)
 
     def loaded(self, thing: Any) -> Loaded | None:
         for name in ("model", "cond_stage_model", "first_stage_model"):
@@ -44,12 +51,17 @@ class ComfyUI:
                 return inner.seedling
         return None
 
-    def read(self, clip: Any, prompt: str, images: list[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = clip.tokenize(prompt, images=images)
+    def read(
+        self, clip: Any, prompt: str, images: list[Tensor], how: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        tokens = clip.tokenize(prompt, images=images, how=how)
         (hidden, extra), *_ = clip.encode_from_tokens_scheduled(tokens)
         return hidden, extra["slots"]
 
     def encode(self, vae: Any, image: Tensor) -> Tensor:
+        loaded = self.loaded(vae)
+        if loaded is not None and loaded.config.in_channels < image.shape[-1]:  # no alpha: on white
+            image = image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
         return vae.encode(image[None])
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
@@ -147,19 +159,27 @@ def operations(compute: torch.dtype | None) -> Operations:
 # ---- MODEL -------------------------------------------------------------------------------------
 
 
-def load_model(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+def load_model(
+    path: str,
+    dtype: torch.dtype | None,
+    variant: str | None = None,
+    disable_dynamic: bool = False,
+) -> Any:
     """A ModelPatcher around our DiT."""
     import comfy.model_management as memory
     import comfy.model_patcher as patching
+    import comfy.weight_adapter
 
-    loaded = load_dit(path, operations=operations(None), dtype=dtype)
-    kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
-    patcher = kind(
+    loaded = load_dit(path, operations=operations(None), dtype=dtype, variant=variant)
+    device = memory.get_torch_device()
+    plain = disable_dynamic or device.type == "cpu"  # where core would not keep our class
+    kind = patching.ModelPatcher if plain else patching.CoreModelPatcher
+    patcher = renaming(kind, comfy.weight_adapter.WeightAdapterBase)(
         base_model(loaded),
-        load_device=memory.get_torch_device(),
+        load_device=device,
         offload_device=memory.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, dtype))
+    patcher.cached_patcher_init = (load_model, (path, dtype, variant))
     return patcher
 
 
@@ -186,16 +206,21 @@ def base_model(loaded: Loaded) -> Any:
         def size(self) -> list[int]:
             return [1, 1, self.cond.tokens]
 
-    class SeedlingModel(comfy.model_base.BaseModel):
+    # Of this class, whose ways are all replaced, for core's LoRA loaders to try diffusers' names.
+    class SeedlingModel(comfy.model_base.QwenImage):
         def __init__(self) -> None:
             super().__init__(model_config(loaded), comfy.model_base.ModelType.FLUX)
             self.diffusion_model = dit
             memory.archive_model_dtypes(dit)
-            self.seedling = loaded
+            self.seedling, self.published = loaded, published(loaded)
             self.memory_usage_factor_conds = ("prefix",)
 
         def get_dtype(self) -> torch.dtype:
             return loaded.dtype
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            tensors = super().state_dict(*args, **kwargs)
+            return tensors if args or kwargs else Named(tensors, self.published)
 
         def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
             noise = kwargs["noise"]
@@ -205,11 +230,11 @@ def base_model(loaded: Loaded) -> Any:
         def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
             return {"prefix": [1, 1, Prefix([kwargs["cross_attn"], kwargs], 0).tokens]}
 
-        def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix) -> Tensor:
-            """noise - x0 (B, C, h, w) in fp32 at sigmas (B,)."""
+        def velocity(self, x: Tensor, sigma: Tensor, prefix: Prefix, *known: Any) -> Tensor:
+            """noise - x0 (B, C, h, w) in fp32 at sigmas (B,); `known`: what they do in the DiT."""
             dtype = self.get_dtype_inference()
             t = self.model_sampling.timestep(sigma).float()
-            return dit(x.to(dtype), t, prefix.of(dit, x.device, dtype)).float()
+            return dit(x.to(dtype), t, prefix.of(dit, x.device, dtype), *known).float()
 
         def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             v = self.velocity(x, t, kwargs["prefix"])
@@ -227,13 +252,7 @@ def model_config(loaded: Loaded) -> Any:
     schedule = loaded.schedule
     assert schedule is not None
     side = loaded.checkpoint.config.get("resolution", 1024) // loaded.family.pixels_per_token
-    mu = resolution_shift(
-        side * side,
-        schedule.base_shift,
-        schedule.max_shift,
-        schedule.base_tokens,
-        schedule.max_tokens,
-    )
+    mu = shift_of(schedule, side * side, schedule.steps)
     config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
     config.latent_format = latent_format(loaded, comfy.latent_formats.LatentFormat)
     config.sampling_settings = {"shift": mu}
@@ -248,7 +267,7 @@ def latent_format(loaded: Loaded, base: Any) -> Any:
     """Latents travel as the DiT reads them: nothing is scaled."""
     found = base()
     found.latent_channels = loaded.family.channels(loaded)
-    found.spacial_downscale_ratio = loaded.family.pixels_per_token
+    found.spacial_downscale_ratio = loaded.family.pixels_per_latent
     found.latent_rgb_factors = loaded.checkpoint.config.get("latent_rgb_factors")
     found.latent_rgb_factors_bias = loaded.checkpoint.config.get("latent_rgb_bias")
     return found
@@ -269,7 +288,8 @@ def flow_sampler(run: Run, loaded: Loaded | None) -> Any:
             disable_pbar: bool = False,
         ) -> Tensor:  # fmt: skip
             if is_plain(model_wrap, extra_args) and denoise_mask is None and loaded is not None:
-                return one_by_one(directly(model_wrap), run, latent_image, loaded)
+                velocity = directly(model_wrap, run.sigmas)
+                return one_by_one(velocity, run, latent_image, loaded)
             inner = comfy.samplers.KSAMPLER(through_core)
             return inner.sample(
                 model_wrap, sigmas, extra_args, None, noise, latent_image, denoise_mask
@@ -299,7 +319,10 @@ def load_clip(path: str, dtype: torch.dtype | None, disable_dynamic: bool = Fals
     import comfy.sd
 
     device = memory.text_encoder_device()
-    loaded = load_encoder(path, operations=operations(arithmetic(device)), dtype=dtype)
+    core = [Path(comfy.sd.__file__).with_name("text_encoders") / "qwen25_tokenizer"]
+    loaded = load_encoder(
+        path, operations=operations(arithmetic(device)), dtype=dtype, tokenizer_paths=core
+    )
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = TextModel(loaded, memory.intermediate_device())
     clip.tokenizer = Words()
@@ -356,10 +379,11 @@ def load_our_vae(path: str, dtype: torch.dtype | None, disable_dynamic: bool = F
             self.audio_sample_rate = 44100
             self.process_input = lambda image: image * 2.0 - 1.0
             self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-            # Large layers run in strips of about 1 GiB (vae.py), which twice over is enough.
-            self.memory_used_encode = lambda shape, kind: min(2 << 30, 8192 * shape[2] * shape[3])
+            # Large layers run in strips of about 1 GiB, which twice over is enough, where they can.
+            most = 2 << 30 if getattr(loaded.module, "runs_in_strips", True) else 1 << 62
+            self.memory_used_encode = lambda shape, kind: min(most, 8192 * shape[2] * shape[3])
             self.memory_used_decode = lambda shape, kind: min(
-                2 << 30, 8192 * config.factor**2 * shape[2] * shape[3]
+                most, 8192 * config.factor**2 * shape[2] * shape[3]
             )
 
         def decode(self, *args: Any, **kwargs: Any) -> Tensor:

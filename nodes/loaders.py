@@ -10,6 +10,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..model_loaders.checkpoint import CheckpointError
+from ..model_loaders.detection import model_title
+from ..model_loaders.families import FAMILIES
 from ..model_loaders.load import Loaded
 from .runtime import runtime
 
@@ -26,6 +28,12 @@ PRECISION = (
     "memory of 16 bits, for a CPU or to compare. bf16: half the memory of 32 bits."
 )
 
+SAID = "as the file says"
+VARIANT = (
+    "Which of several published models of one architecture this is, when the file does not say or "
+    "lost its marker. The node tells what it is taken for, and why."
+)
+
 
 class SeedlingLoadDiT(io.ComfyNode):
     @classmethod
@@ -40,6 +48,8 @@ class SeedlingLoadDiT(io.ComfyNode):
                 combo("dit", "The diffusion model: a file of models/diffusion_models, or the small "
                       "model that is part of Seedling."),
                 precision(),
+                io.Combo.Input("variant", options=variants(), default=SAID, optional=True,
+                               advanced=True, tooltip=VARIANT),
             ],
             outputs=[
                 io.Model.Output("model", "model", tooltip="For samplers, LoRA loaders and others."),
@@ -47,8 +57,8 @@ class SeedlingLoadDiT(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, dit: str, precision: str) -> io.NodeOutput:
-        return load("dit", dit, precision)
+    def execute(cls, dit: str, precision: str, variant: str = SAID) -> io.NodeOutput:
+        return load("dit", dit, precision, None if variant == SAID else variant)
 
 
 class SeedlingLoadEncoder(io.ComfyNode):
@@ -107,16 +117,21 @@ def combo(kind: str, tooltip: str) -> Any:
     return io.Combo.Input(kind, options=names, default=EMBEDDED, tooltip=tooltip)
 
 
+def variants() -> list[str]:
+    """What a file may be, where one architecture has been published as several models."""
+    return [SAID, *(name for family in FAMILIES for name in family.variants)]
+
+
 def precision() -> Any:
     return io.Combo.Input(
         "precision", options=list(PRECISIONS), default="as stored", tooltip=PRECISION, advanced=True
     )
 
 
-def load(kind: str, name: str, precision: str) -> io.NodeOutput:
+def load(kind: str, name: str, precision: str, variant: str | None = None) -> io.NodeOutput:
     """The network, with what it is shown on the node."""
     here = runtime()
-    thing = here.load(kind, str(path_of(kind, name)), PRECISIONS[precision])
+    thing = here.load(kind, str(path_of(kind, name)), PRECISIONS[precision], variant)
     text = facts(here.loaded(thing))
     here.tell(text)
     return io.NodeOutput(thing, ui=ui.PreviewText(text))
@@ -142,7 +157,8 @@ def facts(loaded: Loaded | None) -> str:
     count = sum(math.prod(info.shape) for info in loaded.checkpoint.names.values())
     size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     kept = str(loaded.dtype).removeprefix("torch.")
-    lines = [f"{loaded.family.title}, {size} parameters, {kept}"]
+    title = model_title(loaded.family, loaded.checkpoint)
+    lines = [f"{title}, {size} parameters, {kept}"]
     lines.append(f"{loaded.licence.name}. {loaded.licence.notice}")
     if schedule := loaded.schedule:
         guidance = f", guidance {schedule.guidance:g}" if schedule.guidance != 1 else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sampling import SamplingError
 from ..sampling.noise import image_seed
-from .prompt import conditioning, shown
+from .prompt import conditioning, reading, shown
 from .references import Reference, ReferenceList, References, instruction
 from .runtime import runtime
 from .sampling import Settings, knobs, prepared, seed_input
@@ -124,12 +124,13 @@ def image_set(
     side = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
     one = {**latent, "samples": latent["samples"][:1]}
     images, latents = shown(clip, vae, references)
+    how = reading(model)
     report = here.progress(count)
     for k in range(count):
         text = instruction(lines[k % len(lines)], references)
         conditions = (
-            conditioning(clip, text, images, latents),
-            conditioning(clip, negative, images, latents),
+            conditioning(clip, text, images, latents, how),
+            conditioning(clip, negative, images, latents, how),
         )
         wanted = replace(settings, seed=image_seed(settings.seed, k))
         run, _ = prepared(model, conditions, one, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
 from ..sampling import SamplingError
 from ..sampling.guidance import guided
-from ..sampling.pipeline import as_pixels, finished
+from ..sampling.pipeline import as_pixels, finished, known_ahead, rescaled
 from .runtime import Prefix, Report, Run, one_by_one
 
 LOADERS = {"dit": load_dit, "encoder": load_encoder, "vae": load_vae}
@@ -20,18 +21,24 @@ LOADERS = {"dit": load_dit, "encoder": load_encoder, "vae": load_vae}
 class Plain:
     """The runtime of the embedded host and of tests, on the CPU."""
 
-    def load(self, kind: str, path: str, dtype: torch.dtype | None) -> Loaded:
-        return LOADERS[kind](path, dtype=dtype)
+    def load(
+        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
+    ) -> Loaded:
+        chosen = {"variant": variant} if variant else {}
+        return LOADERS[kind](path, dtype=dtype, **chosen)
 
     def loaded(self, thing: Any) -> Loaded | None:
         return thing if hasattr(thing, "family") and hasattr(thing, "module") else None
 
-    def read(self, clip: Loaded, prompt: str, images: list[Tensor]) -> tuple[Tensor, Tensor]:
-        read = clip.module.encode(prompt, images)
+    def read(
+        self, clip: Loaded, prompt: str, images: list[Tensor], how: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        read = clip.module.encode(prompt, images, **how)
         return read.hidden, read.slots
 
     def encode(self, vae: Loaded, image: Tensor) -> Tensor:
-        return vae.module.encode(as_pixels(image, torch.float32)).float()
+        channels = vae.config.in_channels
+        return vae.module.encode(as_pixels(image, torch.float32, channels)).float()
 
     def decode(self, vae: Loaded, latents: Tensor) -> Tensor:
         pictures = [vae.module.decode(x[None].float()) for x in latents]
@@ -44,7 +51,7 @@ class Plain:
     def fit(self, model: Loaded, latent: dict[str, Any]) -> Tensor:
         samples, channels = latent["samples"], model.family.channels(model)
         if torch.count_nonzero(samples) == 0:
-            factor = latent.get("downscale_ratio_spacial", 8) / model.family.pixels_per_token
+            factor = latent.get("downscale_ratio_spacial", 8) / model.family.pixels_per_latent
             height, width = (round(side * factor) for side in samples.shape[-2:])
             return samples.new_zeros(len(samples), channels, height, width)
         if samples.shape[1] != channels:
@@ -71,10 +78,14 @@ class Plain:
             Prefix(conditioning, room).of(dit, "cpu", torch.float32) for conditioning in weighed
         ]
 
+        ahead = known_ahead(model, run.sigmas, torch.float32)
+        rescale = rescaled(model)
+
         def velocity(x: Tensor, sigma: float) -> Tensor:
             t = torch.full((x.shape[0],), sigma)
-            positive, *negative = (dit(x, t, prefix).float() for prefix in prefixes)
-            return guided(positive, negative[0], run.guidance) if negative else positive
+            known = (ahead[sigma],) if ahead else ()
+            positive, *negative = (dit(x, t, prefix, *known).float() for prefix in prefixes)
+            return guided(positive, negative[0], run.guidance, rescale) if negative else positive
 
         with torch.no_grad():
             return one_by_one(velocity, run, run.latents, model)

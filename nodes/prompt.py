@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -55,6 +55,12 @@ class SeedlingEncodeInstruction(io.ComfyNode):
                     tooltip="What to steer away from. It counts only when the sampler's guidance "
                     "is not 1.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that will paint, where the encoder serves several that each "
+                    "want to be read to in their own way. Without it: the way that most use.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -67,19 +73,26 @@ class SeedlingEncodeInstruction(io.ComfyNode):
     @classmethod
     def execute(
         cls, clip: Any, prompt: str, references: References | None = None, vae: Any = None,
-        negative: str = "",
+        negative: str = "", model: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         start = time.perf_counter()
         images, latents = shown(clip, vae, references)
-        positive = conditioning(clip, instruction(prompt, references), images, latents)
-        other = conditioning(clip, negative, images, latents)
+        how = reading(model)
+        positive = conditioning(clip, instruction(prompt, references), images, latents, how)
+        other = conditioning(clip, negative, images, latents, how)
         text = cost(positive, time.perf_counter() - start)
         runtime().tell(text)
         return io.NodeOutput(positive, other, ui=ui.PreviewText(text))
 
 
+def reading(model: Any) -> Mapping[str, Any]:
+    """The arguments with which the encoder reads for this model."""
+    loaded = runtime().loaded(model) if model is not None else None
+    return loaded.family.reading(loaded) if loaded and loaded.family.reading else {}
+
+
 def shown(clip: Any, vae: Any, references: References | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The references in the size that the model reads, and their latents (1, C, h, w)."""
+    """The references as the encoder takes them, and their latents (1, C, h, w)."""
     if references is None or not references.items:
         return [], []
     if vae is None:
@@ -91,20 +104,25 @@ def shown(clip: Any, vae: Any, references: References | None) -> tuple[list[Tens
             "this CLIP cannot read references; connect the one from Load VLM Encoder."
         )
     images = references.sized(loaded.family)
-    return images, [here.encode(vae, image) for image in images]
+    latents = [here.encode(vae, image) for image in images]
+    given = [item.image for item in references.items]
+    return given if loaded.family.encoder_resizes else images, latents
 
 
 def conditioning(
-    clip: Any, prompt: str, images: Sequence[Tensor], latents: Sequence[Tensor]
-) -> Conditioning:
+    clip: Any, prompt: str, images: Sequence[Tensor], latents: Sequence[Tensor],
+    how: Mapping[str, Any],
+) -> Conditioning:  # fmt: skip
     here = runtime()
-    if here.loaded(clip) is None:
+    loaded = here.loaded(clip)
+    if loaded is None:
         raise SamplingError(
             "this CLIP is not one of Seedling's; connect Load VLM Encoder, or use CLIP Text Encode "
             "with a model of its own family."
         )
-    hidden, slots = here.read(clip, prompt, list(images))
+    hidden, slots = here.read(clip, prompt, list(images), how)
     extra = {"pooled_output": None, "slots": slots, "reference_latents": list(latents)}
+    extra["latents_per_token"] = loaded.family.latents_per_token
     return [[hidden, extra]]
 
 

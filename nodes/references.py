@@ -15,6 +15,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..sampling import SamplingError
+from ..sampling.pipeline import with_margin
 from .runtime import runtime
 
 MAX_REFERENCES = 14
@@ -41,8 +42,9 @@ class References:
 
     def sized(self, family: Any) -> list[Tensor]:
         """The pictures in the sizes that the model reads."""
+        resize = with_margin if family.pads and self.side == 0 else family.resize
         return [
-            family.resize(item.image, size)
+            resize(item.image, size)
             for item, size in zip(self.items, self.sizes(family), strict=True)
         ]
 

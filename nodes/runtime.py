@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeAlias
@@ -44,16 +44,20 @@ class Run:
 class Runtime(Protocol):
     """A place where nodes run. Pictures are (H, W, 3 or 4) in 0..1, latents (B, C, h, w)."""
 
-    def load(self, kind: str, path: str, dtype: torch.dtype | None) -> Any:
-        """The MODEL ("dit"), CLIP ("encoder") or VAE ("vae") of a file."""
+    def load(
+        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
+    ) -> Any:
+        """The MODEL ("dit", of this variant of its family), CLIP ("encoder") or VAE ("vae")."""
         ...
 
     def loaded(self, thing: Any) -> Loaded | None:
         """What our loader knows of a MODEL, CLIP or VAE; None for one that it did not load."""
         ...
 
-    def read(self, clip: Any, prompt: str, images: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Encoder states (1, L, C) and the slots (L,) of the images among them."""
+    def read(
+        self, clip: Any, prompt: str, images: list[Tensor], how: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Encoder states (1, L, C) and the slots (L,) of the images among them, read so."""
         ...
 
     def encode(self, vae: Any, image: Tensor) -> Tensor:
@@ -98,6 +102,8 @@ def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -
     `model` is the velocity as a function of x (1, C, h, w) and sigma, on the device of `latents`.
     """
     count, done = len(latents), []
+    if loaded is not None and loaded.family.frames and loaded.family.frames(loaded, count) > 1:
+        return together(model, run, latents, loaded)
     for k, start in enumerate(latents):
         own = noise(run.seed, k, start.shape, start.device)
         x = add_noise(start, own, run.sigmas[0])[None]
@@ -107,6 +113,25 @@ def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -
             run.report(k * state.total + state.step, count * state.total, preview)
         done.append(x)
     return torch.cat(done)
+
+
+def together(model: Model, run: Run, latents: Tensor, loaded: Loaded) -> Tensor:
+    """The layers of one picture: painted at once, with the whole picture before them, which goes.
+
+    A batch is so many layers, as `Task.layers` says on the command line: the same bits.
+    """
+    assert loaded.family.frames is not None
+    if run.sigmas[0] < 1 or torch.count_nonzero(latents):
+        raise SamplingError(
+            "layers are painted from noise, all at once; connect an empty latent whose batch size "
+            "is the number of layers, and set denoise to 1."
+        )
+    shape = (loaded.family.frames(loaded, len(latents)), *latents.shape[1:])
+    x = noise(run.seed, 0, shape, latents.device) * run.sigmas[0]
+    for state in sampler(run.sampler)(model, x, run.sigmas):
+        x = state.x
+        run.report(state.step, state.total, preview_of(loaded, state.denoised))
+    return x[1:]
 
 
 class Prefix:
@@ -120,6 +145,8 @@ class Prefix:
         # Text that was encoded without us has no references among it.
         self.slots = extra.get("slots", torch.zeros(self.hidden.shape[1], dtype=torch.bool))
         self.references = list(extra.get("reference_latents") or ())
+        self.guidance = extra.get("guidance")
+        self.latents_per_token = extra.get("latents_per_token", 1)
         if len(self.slots) != self.hidden.shape[1]:
             raise SamplingError(
                 f"the conditioning has {self.hidden.shape[1]} tokens, but was encoded with "
@@ -132,16 +159,19 @@ class Prefix:
     def tokens(self) -> int:
         """Latent tokens of the references, and tokens of the text."""
         pictures = sum(x.shape[-2] * x.shape[-1] for x in self.references)
-        return pictures + int((~self.slots).sum())
+        return pictures // self.latents_per_token + int((~self.slots).sum())
 
     def of(self, dit: Any, device: Any, dtype: torch.dtype) -> Any:
         """The prefix in the form that `dit` takes."""
         if self._computed is None:
+            # Any conditioning may say how strong; only some networks read it.
+            read = self.guidance is not None and getattr(dit.config, "guided", False)
             self._computed = dit.prefix(
                 self.hidden.to(device, dtype),
                 self.slots.to(device),
                 [x.to(device, dtype) for x in self.references],
                 self.room,
+                **({"guidance": self.guidance} if read else {}),
             )
         return self._computed
 

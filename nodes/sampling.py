@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model_loaders.family import Schedule
 from ..model_loaders.load import Loaded
+from ..model_loaders.pictures import at_area
 from ..sampling import SamplingError
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import sigmas_for
@@ -81,7 +82,9 @@ class SeedlingCanvasSize(io.ComfyNode):
         references: References | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         width, height = canvas(preset, shape, runtime().loaded(model), references)
-        samples = torch.zeros(batch_size, CHANNELS, height // FACTOR, width // FACTOR)
+        # A reference whose size is kept may end between two latents: the picture is padded there.
+        rows, columns = -(-height // FACTOR), -(-width // FACTOR)
+        samples = torch.zeros(batch_size, CHANNELS, rows, columns)
         latent = {"samples": samples, "downscale_ratio_spacial": FACTOR}
         text = f"{width} x {height} pixels"
         runtime().tell(text)
@@ -102,7 +105,7 @@ def canvas(
         if PRESETS[preset] is None:
             return references.sizes(loaded.family)[0]
         height, width = references.items[0].image.shape[:2]
-        return loaded.family.reference_size(width, height, side**2)
+        return at_area(width, height, side**2, step)
     size = parse_size(shape.strip() or "1:1", side**2, step)
     # Down or up to whole steps, never to 0: what is asked for in pixels may lie between them.
     return tuple(max(round(s / step), 1) * step for s in (size.width, size.height))  # type: ignore[return-value]
@@ -229,15 +232,22 @@ def prepared(
     here = runtime()
     samples = here.fit(model, latent)
     loaded = here.loaded(model)
+    if loaded and loaded.family.accepts:
+        loaded.family.accepts(loaded, len(positive[0][1].get("reference_latents") or ()))
     schedule = loaded.schedule if loaded else None
-    scale = wanted.guidance or (schedule.guidance if schedule else 1.0)
+    scale = told = wanted.guidance or (schedule.guidance if schedule else 1.0)
+    if schedule and schedule.embedded_guidance:  # the network reads it; one run for a step
+        positive = [[hidden, {**extra, "guidance": scale}] for hidden, extra in positive]
+        scale, negative = 1.0, []
     if scale != 1 and not negative:
         raise SamplingError(
             f"guidance {scale:g} needs something to steer away from; connect negative of Encode "
             "Instruction, or set guidance to 1."
         )
-    values, reason = chosen(schedule, wanted, sigmas, samples.shape[-2] * samples.shape[-1])
-    text = f"{len(values) - 1} steps, guidance {scale:g} ({reason})"
+    tokens = samples.shape[-2] * samples.shape[-1]
+    tokens //= loaded.family.latents_per_token if loaded else 1
+    values, reason = chosen(schedule, wanted, sigmas, tokens)
+    text = f"{len(values) - 1} steps, guidance {told:g} ({reason})"
     here.tell(text)
     run = Run(
         positive=positive,

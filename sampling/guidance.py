@@ -6,12 +6,23 @@ Ho & Salimans, arXiv 2207.12598.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def guided(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Both velocities combined. A scale of 1 is `positive` itself: skip the negative run then."""
-    return positive if scale == 1 else negative + scale * (positive - negative)
+def guided(positive: Tensor, negative: Tensor, scale: float, rescale: int = 0) -> Tensor:
+    """Both velocities (B, C, h, w) combined. A scale of 1 is `positive`: skip the negative run.
+
+    With `rescale`, every square of so many latents a side keeps the length that it has in
+    `positive`: guidance turns it, and never stretches it.
+    """
+    if scale == 1:
+        return positive
+    combined = negative + scale * (positive - negative)
+    if not rescale:
+        return combined
+    tokens = [F.pixel_unshuffle(x, rescale) for x in (combined, positive)]
+    return F.pixel_shuffle(norm_rescale(tokens[0], tokens[1]), rescale)
 
 
 def norm_rescale(combined: Tensor, positive: Tensor, dim: int = 1) -> Tensor:

@@ -38,14 +38,23 @@ def sigmas_for(
     steps = check_steps(schedule.steps if steps is None else steps)
     if denoise == 0:
         return torch.zeros(1)
-    mu = resolution_shift(
+    whole = int(steps / denoise)
+    return flow_sigmas(whole, shift_of(schedule, tokens, whole), schedule.terminal)[-(steps + 1) :]
+
+
+def shift_of(schedule: Schedule, tokens: int, steps: int) -> float:
+    """mu of a schedule by a formula: the family's own, or the line over the tokens."""
+    if tokens < 1:
+        raise SamplingError(f"a picture has at least one token, {tokens} were given.")
+    if schedule.mu is not None:
+        return schedule.mu(tokens, steps)
+    return resolution_shift(
         tokens,
         schedule.base_shift,
         schedule.max_shift,
         schedule.base_tokens,
         schedule.max_tokens,
     )
-    return flow_sigmas(int(steps / denoise), mu, schedule.terminal)[-(steps + 1) :]
 
 
 def flow_sigmas(steps: int, mu: float, terminal: float | None = None) -> Tensor:

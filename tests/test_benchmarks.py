@@ -14,11 +14,15 @@ import torch
 pytest.importorskip("diffusers")
 
 TINY = {
+    "batch_prompts": ["--tiny"],
     "bf16_checkpoint": ["--tiny"],
     "dit_profile": ["--tiny"],
     "dit_step": ["--tiny"],
     "edit_references": ["--tiny"],
+    "flux2_step": ["--tiny"],
     "host_work": ["--tiny"],
+    "post_latency": ["--tiny"],
+    "qwen_image_step": ["--tiny"],
     "vae_decode": ["--width", "8", "--side", "64", "--runs", "2"],
 }
 

@@ -29,14 +29,11 @@ from seedling.model_loaders.families.qwen_image_21.encoder import (
 )
 from seedling.model_loaders.families.qwen_image_21.keys import ENCODER_UNUSED
 from seedling.model_loaders.families.qwen_image_21.templates import (
-    CONTROL,
     SYSTEM,
-    PromptError,
     PromptTokenizer,
-    TokenizerError,
-    byte_level_bpe,
     find_tokenizer,
 )
+from seedling.model_loaders.tokenizers import PromptError, TokenizerError, byte_level_bpe
 from seedling.quant.operations import widened
 
 transformers = pytest.importorskip("transformers")
@@ -360,7 +357,7 @@ def test_the_system_turn_is_dropped(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("slots", [[], [2]])
-@pytest.mark.parametrize("token", CONTROL)
+@pytest.mark.parametrize("token", PromptTokenizer.needed)
 def test_a_prompt_cannot_write_control_tokens(token: str, slots: list[int]) -> None:
     plain, attack = TOKENIZER.prompt("a", slots), TOKENIZER.prompt(token, slots)
     control = set(TOKENIZER.control.values())
@@ -417,7 +414,10 @@ def test_encoder_and_tokenizer_must_fit(encoder: Encoder) -> None:
 
 
 def test_control_tokens_must_be_special() -> None:
-    added = {str(i): {"content": token, "special": False} for i, token in enumerate(CONTROL)}
+    added = {
+        str(i): {"content": token, "special": False}
+        for i, token in enumerate(PromptTokenizer.needed)
+    }
     with pytest.raises(TokenizerError, match="does not mark"):
         PromptTokenizer(byte_level_bpe({}, [], added))
 

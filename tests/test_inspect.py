@@ -124,15 +124,20 @@ def test_a_quantized_file_is_recognised_and_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "ending"),
-    [("transformer.", "lora_A.weight"), ("diffusion_model.", "lora_down.weight")],
+    ("prefix", "down", "up"),
+    [
+        ("transformer.", "lora_A.weight", "lora_B.weight"),
+        ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
+    ],
 )
-def test_a_lora_is_known_by_its_layers(tmp_path, prefix, ending):
-    key = f"{prefix}transformer_blocks.3.img_mlp.gate_layer.{ending}"
-    save_file({key: torch.ones(4, 4096)}, tmp_path / "l.safetensors")
+def test_a_lora_is_known_by_its_layers(tmp_path, prefix, down, up):
+    key = f"{prefix}transformer_blocks.3.img_mlp.gate_layer"
+    pair = {f"{key}.{down}": torch.ones(4, 4096), f"{key}.{up}": torch.ones(12288, 4)}
+    save_file(pair, tmp_path / "l.safetensors")
     report = inspect(tmp_path / "l.safetensors")
     assert (report.component, report.family, report.exit_code) == ("lora", "qwen_image_21", 0)
-    save_file({f"unet.down.{ending}": torch.ones(4, 320)}, tmp_path / "l.safetensors")
+    pair = {f"unet.down.{down}": torch.ones(4, 320), f"unet.down.{up}": torch.ones(320, 4)}
+    save_file(pair, tmp_path / "l.safetensors")
     report = inspect(tmp_path / "l.safetensors")
     assert (report.component, report.family, report.exit_code) == ("lora", None, 2)
     assert "l.safetensors is a LoRA for a model" in report.problems[0]

@@ -280,4 +280,5 @@ def test_other_models_with_similar_names_are_not_taken_for_this_one(tmp_path, va
             up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
         )  # fmt: skip
     for i, shapes in enumerate([table(wan), table(first), table(flux), native(channels=3)]):
-        assert detect(open_checkpoint(sparse(tmp_path / f"{i}.safetensors", shapes))) is None
+        found = detect(open_checkpoint(sparse(tmp_path / f"{i}.safetensors", shapes)))
+        assert found is None or found.family.name != "qwen_image_21"

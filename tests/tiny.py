@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from seedling.model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
 from seedling.model_loaders.families.qwen_image_21.encoder import EncoderConfig, build, tiny_config
-from seedling.model_loaders.families.qwen_image_21.templates import byte_level_bpe
 from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
+from seedling.model_loaders.tokenizers import byte_level_bpe
 
 NAME = "tiny"
 RESOLUTION = 64  # side of its square picture, in pixels

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..model_loaders.families.qwen_image_21.encoder import Encoder, EncoderConfig, on_white, patches
 from ..model_loaders.families.qwen_image_21.qwen3_vl import build, tiny_config
-from ..model_loaders.families.qwen_image_21.templates import SYSTEM, PromptTokenizer, byte_level_bpe
+from ..model_loaders.families.qwen_image_21.templates import SYSTEM, PromptTokenizer
+from ..model_loaders.tokenizers import byte_level_bpe
 from .world.vocabulary import CHINESE, CHINESE_PLACES, CHINESE_RELATIONS
 
 VOCABULARY = 900

@@ -56,6 +56,12 @@ def _is_published(checkpoint: Checkpoint) -> bool:
     )
 
 
+def _published_dits() -> dict[str, Any]:
+    from .dit import DiTConfig
+
+    return {"Qwen-Image-2.1": DiTConfig()}
+
+
 def _build_dit(config: Any, operations: Operations, device: Any, dtype: Any = None) -> nn.Module:
     from .dit import DiT
 
@@ -100,6 +106,7 @@ FAMILY = Family(
             layouts=keys.DIT_LAYOUTS,
             config=dit_config,
             build=_build_dit,
+            published=_published_dits,
         ),
         Component(
             kind="vae",
@@ -120,7 +127,6 @@ FAMILY = Family(
     ),
     schedule=schedule,
     licence_of=licence,
-    is_lora=keys.is_lora,
     step=sizes.STEP,
     pixels_per_token=16,
     channels=conditioning.channels,

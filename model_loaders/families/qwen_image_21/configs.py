@@ -8,15 +8,14 @@ into words.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ...shapes import count, ratio, shapes
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
     from .dit import DiTConfig
     from .vae import VAEConfig
-
-MAX_BLOCKS = 1024  # a hostile header must not make us build a million layers
 
 # Published latent statistics (mean, std) of the 64-channel VAE with 96 base channels.
 LATENTS_MEAN = (
@@ -45,17 +44,17 @@ PUBLISHED_VAE = (96, 64)  # base channels, latent channels that these belong to
 def dit_config(checkpoint: Checkpoint) -> DiTConfig:
     from .dit import DiTConfig
 
-    shape = _shapes(checkpoint, 2)
+    shape = shapes(checkpoint, 2)
     dim, in_channels = shape("img_in.weight")
-    (head_dim,) = _shapes(checkpoint, 1)("transformer_blocks.0.attn.norm_q.weight")
+    (head_dim,) = shapes(checkpoint, 1)("transformer_blocks.0.attn.norm_q.weight")
     axes = checkpoint.config.get("axes_dims_rope") or _axes(head_dim)
     axes = tuple(map(int, axes))
     if len(axes) != 3 or sum(axes) != head_dim or any(a % 2 for a in axes):
         raise ValueError(f"rotary axes {axes} do not fit heads of {head_dim} channels")
     return DiTConfig(
         in_channels=in_channels,
-        layers=_count(checkpoint.names, "transformer_blocks.", ".attn.norm_q.weight"),
-        heads=_ratio("img_in.weight", dim, head_dim),
+        layers=count(checkpoint.names, "transformer_blocks.", ".attn.norm_q.weight"),
+        heads=ratio("img_in.weight", dim, head_dim),
         head_dim=head_dim,
         context_dim=shape("txt_in.in_layer.weight")[1],
         mlp_dim=shape("transformer_blocks.0.img_mlp.out.weight")[1],
@@ -72,21 +71,21 @@ def _axes(head_dim: int) -> tuple[int, int, int]:
 def vae_config(checkpoint: Checkpoint) -> VAEConfig:
     from .vae import VAEConfig
 
-    shape = _shapes(checkpoint, 4)
+    shape = shapes(checkpoint, 4)
     base, channels, _, _ = shape("encoder.conv_in.weight")
     down = "encoder.down_blocks."
-    stages = _count(checkpoint.names, down, ".resnets.0.conv1.weight")
+    stages = count(checkpoint.names, down, ".resnets.0.conv1.weight")
     widths = [shape(f"{down}{i}.resnets.0.conv1.weight")[0] for i in range(stages)]
-    mult = tuple(_ratio(f"{down}{i}", width, base) for i, width in enumerate(widths))
+    mult = tuple(ratio(f"{down}{i}", width, base) for i, width in enumerate(widths))
     z_dim = shape("post_quant_conv.weight")[0]
     mean, std = _statistics(checkpoint, base, z_dim)
     patch = math.isqrt(channels // 4)
     return VAEConfig(
         z_dim=z_dim,
         base_dim=base,
-        decoder_base_dim=_ratio("decoder.conv_in", shape("decoder.conv_in.weight")[0], mult[-1]),
+        decoder_base_dim=ratio("decoder.conv_in", shape("decoder.conv_in.weight")[0], mult[-1]),
         dim_mult=mult,
-        num_res_blocks=_count(checkpoint.names, f"{down}0.resnets.", ".conv1.weight"),
+        num_res_blocks=count(checkpoint.names, f"{down}0.resnets.", ".conv1.weight"),
         temporal_downsample=tuple(
             f"{down}{i}.downsampler.time_conv.weight" in checkpoint.names for i in range(stages - 1)
         ),
@@ -114,30 +113,3 @@ def _statistics(
     if not fine:
         raise ValueError(f"latents_mean and latents_std must be {z_dim} numbers each, std above 0")
     return mean, std
-
-
-def _shapes(checkpoint: Checkpoint, rank: int) -> Any:
-    """A look-up of shapes that have `rank` sides, none of them 0."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        sides = checkpoint.names[name].shape
-        if len(sides) != rank or 0 in sides:
-            raise ValueError(f"{name} has shape {sides}, needed are {rank} sides above 0")
-        return sides
-
-    return shape
-
-
-def _count(names: Mapping[str, Any], prefix: str, suffix: str) -> int:
-    found = sum(name.startswith(prefix) and name.endswith(suffix) for name in names)
-    if found == 0:
-        raise KeyError(f"{prefix}0{suffix}")
-    if found > MAX_BLOCKS:
-        raise ValueError(f"{found} blocks {prefix}* are more than {MAX_BLOCKS}")
-    return found
-
-
-def _ratio(what: str, whole: int, part: int) -> int:
-    if whole % part:
-        raise ValueError(f"{what} has {whole} channels, which is no multiple of {part}")
-    return whole // part

@@ -11,7 +11,6 @@ Names and shapes are the published ones (diffusers' `QwenImage21Transformer2DMod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
+from ...embeddings import (
+    TIMESTEP_CHANNELS,
+    grid_positions,
+    rotate,
+    rotation,
+    timestep_features,
+)
+from ...layers import KeptKeys
 
 SLOT = 4  # latent tokens (2 x 2) per slot of the vision-language encoder
-TIMESTEP_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -55,33 +61,11 @@ class Segment:
 
 
 @dataclass
-class Prefix:
-    """Keys and values of text and references in every layer, computed once, read at every step.
+class Prefix(KeptKeys):
+    """Keys and values of text and references in every layer, computed once, read at every step."""
 
-    `keys[layer]`, `values[layer]`: (B, heads, length + room, head_dim), keys after rotation. The
-    room behind `length` is scratch space where a step writes the target's own keys and values, so
-    that attention reads one buffer and nothing is concatenated.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: int
     position: int  # rotary position at which the target starts
     rotations: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the stored prefix, without the scratch room."""
-        k = self.keys[0]
-        return 2 * len(self.keys) * k[:, :, : self.length].numel() * k.element_size()
-
-    def reserve(self, tokens: int) -> None:
-        """Make sure that a target of `tokens` fits behind the prefix."""
-        if self.keys[0].shape[2] >= self.length + tokens:
-            return
-        for buffers in (self.keys, self.values):
-            for layer, old in enumerate(buffers):
-                buffers[layer] = _with_room(old[:, :, : self.length], tokens)
 
 
 def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -111,14 +95,6 @@ def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment
     return segments
 
 
-def grid_positions(frame: int, height: int, width: int) -> Tensor:
-    """Rotary positions (height * width, 3) of an image block: frame fixed, a centred grid."""
-    rows = torch.arange(height) - (height - height // 2)
-    cols = torch.arange(width) - (width - width // 2)
-    h, w = torch.meshgrid(rows, cols, indexing="ij")
-    return torch.stack([torch.full_like(h, frame), h, w], dim=-1).reshape(-1, 3)
-
-
 def prefix_positions(segments: Sequence[Segment]) -> tuple[Tensor, int]:
     """Rotary positions (P, 3) of a prefix, and the position at which the next block starts."""
     parts, position = [torch.empty(0, 3, dtype=torch.long)], 0
@@ -131,30 +107,6 @@ def prefix_positions(segments: Sequence[Segment]) -> tuple[Tensor, int]:
             parts.append(grid_positions(position, *segment.grid))
             position += max(segment.grid)
     return torch.cat(parts), position
-
-
-def rotation(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
-    """Complex rotations (tokens, head_dim / 2) for positions (tokens, axes)."""
-    angles = []
-    for axis, channels in enumerate(axes):
-        scale = 1.0 / torch.pow(theta, torch.arange(0, channels, 2, dtype=torch.float32) / channels)
-        angles.append(torch.outer(positions[:, axis].float(), scale))
-    angle = torch.cat(angles, dim=1)
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate channel pairs of x (B, tokens, heads, head_dim) by `turn` (tokens, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
-
-
-def timestep_features(t: Tensor) -> Tensor:
-    """Sinusoids (B, 256) of t (B,) in 0..1: cosines first, t scaled by 1000."""
-    half = TIMESTEP_CHANNELS // 2
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -321,12 +273,8 @@ class DiT(nn.Module):
         masks = [_text_mask(s, text.device) for s in segments]
         prefix = Prefix([], [], tokens.shape[1], position)
 
-        def keep(k: Tensor, v: Tensor) -> None:
-            prefix.keys.append(_with_room(k, room))
-            prefix.values.append(_with_room(v, room))
-
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keep(k, v)
+            prefix.keep(k, v, room)
             parts = [
                 F.scaled_dot_product_attention(
                     q[:, :, s.start : s.end], k[:, :, : s.end], v[:, :, : s.end], attn_mask=mask
@@ -340,7 +288,7 @@ class DiT(nn.Module):
             tokens = block(tokens, modulation, turn, attend)
         # Nobody reads what the last layer makes of a prefix, only its keys and values.
         last = blocks[-1]
-        keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn))
+        prefix.keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn), room)
         return prefix
 
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
@@ -360,7 +308,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.transformer_blocks):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return _attend_after(prefix, layer, q, k, v)
+                return prefix.attend(layer, q, k, v)
 
             tokens = block(tokens, modulation, prefix.rotations[h, w], attend)
         out = self.proj_out(self.norm_out(tokens, embedding))
@@ -374,25 +322,3 @@ def _text_mask(segment: Segment, device) -> Tensor | None:
     length = segment.end - segment.start
     mask = torch.ones(length, segment.end, dtype=torch.bool, device=device)
     return mask.tril(diagonal=segment.start)
-
-
-def _with_room(x: Tensor, room: int) -> Tensor:
-    """x (B, heads, tokens, head_dim) in a buffer with `room` free tokens behind it."""
-    return x if torch.is_grad_enabled() else F.pad(x, (0, 0, 0, room))
-
-
-def _attend_after(prefix: Prefix, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the target (B, heads, tokens, head_dim) to the prefix and itself."""
-    keys, values, start = prefix.keys[layer], prefix.values[layer], prefix.length
-    end = start + k.shape[2]
-    if torch.is_grad_enabled():  # training: buffers are not written in place
-        shared = (-1 if keys.shape[0] == k.shape[0] else k.shape[0], -1, -1, -1)
-        k = torch.cat([keys.expand(shared), k], dim=2)
-        v = torch.cat([values.expand(shared), v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v)
-    parts = []
-    for i in range(0, len(q), len(keys)):  # many targets over one prefix use its tail in turn
-        part = slice(i, i + len(keys))
-        keys[:, :, start:end], values[:, :, start:end] = k[part], v[part]
-        parts.append(F.scaled_dot_product_attention(q[part], keys[:, :, :end], values[:, :, :end]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .qwen3_vl import MERGE, PATCH, TEMPORAL, EncoderConfig, Grid, Qwen3VL, build, tiny_config
-from .templates import PromptTokenizer, TokenizerError
+from ...qwen_vl import MERGE, Grid, on_white
+from ...qwen_vl import patches as shared_patches
+from ...tokenizers import TokenizerError
+from .qwen3_vl import PATCH, EncoderConfig, Qwen3VL, build, tiny_config
+from .templates import PromptTokenizer
 
 __all__ = [  # a caller needs this module and the tokenizer's, not the network's
     "Conditioning", "Encoder", "EncoderConfig", "PictureError", "build", "on_white", "patches",
@@ -94,30 +97,9 @@ class Encoder:
         return self.model(input_ids, slots, pixel_values, list(grid_thw))
 
 
-def on_white(image: Tensor) -> Tensor:
-    """What the vision tower sees of a picture (H, W, 3 or 4) in 0..1: (3, H, W) over white.
-
-    In steps of 1/255, because the published pipeline hands over 8-bit pictures.
-    """
-    rgb = image[..., :3].float()
-    if image.shape[-1] == 4:
-        alpha = image[..., 3:].float()
-        rgb = rgb * alpha + (1.0 - alpha)
-    return ((rgb.clamp(0.0, 1.0) * 255.0).round() / 255.0).permute(2, 0, 1)
-
-
 def patches(pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in 0..1 as patches (B * H/16 * W/16, 3 * 2 * 16 * 16) in -1..1.
-
-    The four patches of a slot follow one another, slots row by row; a patch is channel, frame,
-    row, column, and both frames are the same picture.
-    """
-    b, c, height, width = pixels.shape
-    x = pixels * 2.0 - 1.0
-    x = x.reshape(b, c, height // SLOT, MERGE, PATCH, width // SLOT, MERGE, PATCH)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # picture, slot (y, x), patch (y, x), c, pixel (y, x)
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
-    return x.reshape(-1, c * TEMPORAL * PATCH * PATCH)
+    """Pictures (B, 3, H, W) in 0..1 as patches (B * H/16 * W/16, 3 * 2 * 16 * 16) in -1..1."""
+    return shared_patches(pixels * 2.0 - 1.0, PATCH)
 
 
 def _grid(image: Tensor, number: int) -> Grid:

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
 
-from ...checkpoint import Source, TensorInfo
+from ...checkpoint import Source
 from ...family import Layout
+from ...names import DIT_PREFIXES, Names, one_frame, qwen_vl_layouts, wan_block, wan_outside
 
-Names = Mapping[str, TensorInfo]
-
-# ComfyUI's single files, and whole-checkpoint exports, put one of these in front of every name.
-DIT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 GATE_UP = ".img_mlp.gate_up.weight"
 
 
@@ -100,110 +96,38 @@ def _is_native_vae(names: Names) -> bool:
     )
 
 
-def _vae_source(name: str, info: TensorInfo) -> Source:
-    """A causal convolution that sees one frame uses the last tap of its temporal kernel only."""
-    return Source(name, last_tap=len(info.shape) == 5)
-
-
-def vae_sources(names: Names) -> dict[str, Source]:
-    return {name: _vae_source(name, info) for name, info in names.items()}
-
-
-def native_vae_sources(names: Names) -> dict[str, Source]:
-    """Wan 2.2's own naming, which ComfyUI's VAE file uses."""
-    rename = _native_vae_names(names)
-    return {rename(name): _vae_source(name, info) for name, info in names.items()}
-
-
-RESIDUAL = {
-    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
-    "shortcut": "conv_shortcut",
-}  # fmt: skip
-TOP = {
-    "conv1": "quant_conv", "conv2": "post_quant_conv",
-    "encoder.conv1": "encoder.conv_in", "encoder.head.0": "encoder.norm_out",
-    "encoder.head.2": "encoder.conv_out", "decoder.conv1": "decoder.conv_in",
-    "decoder.head.0": "decoder.norm_out", "decoder.head.2": "decoder.conv_out",
-}  # fmt: skip
-MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 STAGE = re.compile(r"(encoder|decoder)\.(downsamples|upsamples)\.(\d+)\.\2\.(\d+)\.(.+)")
-CENTRE = re.compile(r"(encoder|decoder)\.middle\.([012])\.(.+)")
 
 
-def _native_vae_names(names: Names) -> Callable[[str], str]:
-    def block(rest: str) -> str:
-        """`residual.2.weight` -> `conv1.weight`."""
-        layer, _, leaf = rest.rpartition(".")
-        return f"{RESIDUAL.get(layer, layer)}.{leaf}"
-
-    def rename(name: str) -> str:
-        if stage := STAGE.fullmatch(name):
-            side, kind, i, j, rest = stage.groups()
-            down = kind == "downsamples"
-            where = f"{side}.{'down' if down else 'up'}_blocks.{i}"
-            if rest.startswith(("resample.", "time_conv.")):
-                return f"{where}.{'downsampler' if down else 'upsampler'}.{rest}"
-            return f"{where}.resnets.{j}.{block(rest)}"
-        if centre := CENTRE.fullmatch(name):
-            side, i, rest = centre.groups()
-            return f"{side}.mid_block.{MIDDLE[i]}.{block(rest)}"
-        layer, _, leaf = name.rpartition(".")
-        return f"{TOP.get(layer, layer)}.{leaf}"
-
-    return rename
+def _native_vae_name(name: str) -> str:
+    """Wan 2.2's own naming, which ComfyUI's VAE file uses."""
+    stage = STAGE.fullmatch(name)
+    if not stage:
+        return wan_outside(name)
+    side, kind, i, j, rest = stage.groups()
+    down = kind == "downsamples"
+    where = f"{side}.{'down' if down else 'up'}_blocks.{i}"
+    if rest.startswith(("resample.", "time_conv.")):
+        return f"{where}.{'downsampler' if down else 'upsampler'}.{rest}"
+    return f"{where}.resnets.{j}.{wan_block(rest)}"
 
 
 VAE_LAYOUTS = (
-    Layout("diffusers", _is_diffusers_vae, vae_sources),
-    Layout("ComfyUI (Wan 2.2 naming)", _is_native_vae, native_vae_sources),
+    Layout("diffusers", _is_diffusers_vae, one_frame),
+    Layout(
+        "ComfyUI (Wan 2.2 naming)",
+        _is_native_vae,
+        lambda names: one_frame(names, _native_vae_name),
+    ),
 )
 
 
 # The text encoder: Qwen3-VL, told from other language models by its DeepStack mergers.
 
-# Where text and vision part live: transformers' whole model, ComfyUI's file, transformers' core.
-ENCODER_PREFIXES = (
-    ("transformers", "model.language_model.", "model.visual."),
-    ("ComfyUI", "model.", "visual."),
-    ("transformers (without head)", "language_model.", "visual."),
-)
-HEADS = {"lm_head.weight", "model.lm_head.weight"}
 # Published, but the diffusion model reads the states before the final norm.
 ENCODER_UNUSED = ("lm_head.weight", "model.language_model.norm.weight")
 
 
-def _encoder_layout(title: str, text: str, vision: str) -> Layout:
-    def recognises(names: Names) -> bool:
-        return (
-            f"{text}layers.0.self_attn.q_norm.weight" in names
-            and f"{vision}deepstack_merger_list.0.norm.weight" in names
-        )
-
-    def rename(name: str) -> str:
-        if name in HEADS:
-            return "lm_head.weight"
-        if name.startswith(vision):
-            return "model.visual." + name.removeprefix(vision)
-        if name.startswith(text):
-            return "model.language_model." + name.removeprefix(text)
-        return name
-
-    return Layout(title, recognises, lambda names: {rename(n): Source(n) for n in names})
-
-
-ENCODER_LAYOUTS = tuple(_encoder_layout(*row) for row in ENCODER_PREFIXES)
-
-
-# LoRA files name layers of the DiT, with their own prefix and ending.
-LORA_LAYER = re.compile(
-    r"transformer_blocks[._]\d+[._]img_mlp[._](gate_layer|gate_up|proj|out)[._]"
+ENCODER_LAYOUTS = qwen_vl_layouts(
+    "layers.0.self_attn.q_norm.weight", "deepstack_merger_list.0.norm.weight"
 )
-
-
-def is_lora(names: Names) -> bool:
-    """Whether a LoRA's layers are this family's: no other has this feed-forward."""
-    return any(LORA_LAYER.search(name) for name in names) or any(
-        re.search(r"transformer_blocks[._]0[._]attn[._]to_q[._].*(lora_A|lora_down)", name)
-        and info.shape[-1:] == (4096,)
-        for name, info in names.items()
-    )

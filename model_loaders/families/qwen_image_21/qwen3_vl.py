@@ -7,25 +7,21 @@ when a network is built, not before.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
+from ...layers import replace_layers
+from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
 
 PATCH = 16  # pixels per side of a vision patch; a latent token covers the same square
-MERGE = 2  # patches per side of a vision token ("slot")
-TEMPORAL = 2  # frames per patch; a still picture is shown twice
-
-Grid = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class Qwen3VL(nn.Module):
             self.model = Qwen3VLModel(_transformers_config(config))
         text, visual = self.model.language_model, self.model.visual
         text.norm = nn.Identity()
-        visual.patch_embed = PatchEmbed(config.vision_hidden, device, dtype)
+        visual.patch_embed = PatchEmbed(PATCH, config.vision_hidden, device=device, dtype=dtype)
         replace_layers(self.model, operations, device, dtype)
         # Tables that no file holds: real even while the weights are still on "meta".
         real = torch.device(device or "cpu")
@@ -229,44 +225,6 @@ class Qwen3VL(nn.Module):
         return self
 
 
-class PatchEmbed(nn.Module):
-    """The vision tower's first layer: published as a 3-d convolution, run as a plain product."""
-
-    def __init__(self, width: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        kernel = (TEMPORAL, PATCH, PATCH)
-        self.proj = nn.Conv3d(3, width, kernel, stride=kernel, device=device, dtype=dtype)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(P, 3 * 2 * 16 * 16) to (P, width), in the dtype of the patches."""
-        weight, bias = self.proj.weight.flatten(1), self.proj.bias
-        assert bias is not None
-        return F.linear(patches, weight.to(patches.dtype), bias.to(patches.dtype))
-
-
-def replace_layers(
-    root: nn.Module, operations: Operations, device: Any, dtype: torch.dtype | None
-) -> None:
-    """Exchange every layer under `root` that holds weights for its like from `operations`."""
-    place = {"device": device, "dtype": dtype}
-    for parent in list(root.modules()):
-        for name, layer in list(parent.named_children()):
-            new: nn.Module | None = None
-            if isinstance(layer, nn.Linear):
-                bias = layer.bias is not None
-                new = operations.Linear(layer.in_features, layer.out_features, bias=bias, **place)
-            elif isinstance(layer, nn.Embedding):
-                new = operations.Embedding(layer.num_embeddings, layer.embedding_dim, **place)
-            elif isinstance(layer, nn.LayerNorm):
-                new = operations.LayerNorm(layer.normalized_shape, eps=layer.eps, **place)
-            elif type(layer).__name__.endswith("RMSNorm"):
-                width = layer.get_parameter("weight").shape[0]
-                eps = float(getattr(layer, "variance_epsilon"))  # noqa: B009  # transformers' name
-                new = operations.RMSNorm(width, eps=eps, **place)
-            if new is not None:
-                setattr(parent, name, new)
-
-
 def _transformers_config(config: EncoderConfig) -> Any:
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
@@ -301,29 +259,3 @@ def _transformers_config(config: EncoderConfig) -> Any:
             "temporal_patch_size": TEMPORAL,
         },
     )
-
-
-def positions(slots: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Rotary positions (3, B, L) on the axes time, row, column; `slots` (B, L) bool.
-
-    Text advances all three together; a picture stands still in time, counts rows and columns from
-    where it starts, and the text after it goes on behind its longer side.
-    """
-    if not grids:
-        return torch.arange(slots.shape[1], device=slots.device).expand(3, slots.shape[0], -1)
-    left, rows = iter(grids), []
-    for row in slots.tolist():
-        parts, start = [], 0
-        for is_picture, run in itertools.groupby(row):
-            length = len(list(run))
-            cells, size = torch.arange(length), length
-            if is_picture:
-                h, w = (side // MERGE for side in next(left))
-                assert h * w == length, f"a picture of {h} x {w} slots meets {length} of them"
-                part, size = torch.stack([cells * 0, cells // w, cells % w]), max(h, w)
-            else:
-                part = cells.expand(3, -1)
-            parts.append(part + start)
-            start += size
-        rows.append(torch.cat(parts, dim=1))
-    return torch.stack(rows, dim=1).to(slots.device)

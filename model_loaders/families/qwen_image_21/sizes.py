@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ...pictures import Size, at_area, snap
+from ...pictures import resize as resize  # re-exported: a reference is resized once, this way
 
 STEP = 32
 AREA = 1024 * 1024
-
-Size = tuple[int, int]  # width, height in pixels
 
 # The sizes that the model was published with.
 BUCKETS: tuple[Size, ...] = (
     (2048, 2048), (2400, 1792), (1792, 2400), (2528, 1696),
     (1696, 2528), (2752, 1536), (1536, 2752),
 )  # fmt: skip
-
-
-def snap(side: float) -> int:
-    """The nearest multiple of 32, at least 32; halves go to the even multiple (diffusers)."""
-    return max(round(side / STEP), 1) * STEP
 
 
 def reference_size(width: int, height: int, area: int | None = AREA) -> Size:
@@ -40,10 +33,8 @@ def reference_size(width: int, height: int, area: int | None = AREA) -> Size:
             f"A reference of {width} x {height} pixels is empty; give one with pixels in it."
         )
     if not area:
-        return snap(width), snap(height)
-    ratio = width / height
-    wide = math.sqrt(area * ratio)  # the order of these operations decides ties: keep it
-    return snap(wide), snap(wide / ratio)
+        return snap(width, STEP), snap(height, STEP)
+    return at_area(width, height, area, STEP)
 
 
 def target_size(
@@ -56,30 +47,7 @@ def target_size(
     diffusers takes the last, ComfyUI the first. Without references a square of `area`.
     """
     if not references:
-        side = snap(math.sqrt(area or AREA))
+        side = snap(math.sqrt(area or AREA), STEP)
         return side, side
     width, height = references[-1 if like == "last" else 0]
     return reference_size(width, height, area)
-
-
-def resize(image: Tensor, size: Size) -> Tensor:
-    """Resize (H, W, 3 or 4) in 0..1 to `size` (width, height): Lanczos, weighted by alpha.
-
-    In 8 bits and with Pillow, as the published pipeline does it, so the pixels are the same. A
-    picture that has the size already comes back untouched.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    if image.ndim != 3 or image.shape[-1] not in (3, 4):
-        given = " x ".join(map(str, image.shape))
-        raise ValueError(
-            f"A picture must be height x width x 3 or 4 channels; this one is {given}."
-        )
-    width, height = size
-    if tuple(image.shape[:2]) == (height, width):
-        return image
-    pixels = (image.detach().float().clamp(0.0, 1.0) * 255.0).round().to("cpu", torch.uint8)
-    resized = Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).to(image.device, image.dtype) / 255.0

@@ -1,17 +1,16 @@
 """From a prompt to token ids: Qwen3-VL's tokenizer and the turns of Qwen-Image-2.1.
 
 The user's text never becomes a control token: only this file writes `<|im_end|>` and its like.
-Everything between two control tokens is encoded in one piece, so the ids equal those of the whole
-conversation at once.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ... import tokenizers as shared
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,27 +18,6 @@ if TYPE_CHECKING:
 SYSTEM = "Comprehend and analyze the provided prompt."
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-CONTROL = (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD)
-
-# Qwen2's rule for splitting text into words.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Qwen's control tokens in the order of their ids, which follow the vocabulary (from 151643 on).
-QWEN_CONTROL = (
-    "<|endoftext|>", TURN_START, TURN_END, "<|object_ref_start|>", "<|object_ref_end|>",
-    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", VISION_START, VISION_END,
-    "<|vision_pad|>", IMAGE_PAD, "<|video_pad|>",
-)  # fmt: skip
-
-
-class TokenizerError(ValueError):
-    """No usable tokenizer; the message says where to put one."""
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be encoded."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +33,22 @@ class PromptIds:
     dropped: int
 
 
-class PromptTokenizer:
+class PromptTokenizer(shared.PromptTokenizer):
     """Writes the conversation around a prompt. Takes over `tokenizer` and changes its settings."""
 
+    needed = (TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD)
+    owner = "Qwen3-VL"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        ids = {token: tokenizer.token_to_id(token) for token in CONTROL}
-        self.control = {token: i for token, i in ids.items() if i is not None}
-        if missing := [token for token in CONTROL if token not in self.control]:
-            raise TokenizerError(
-                f"This tokenizer has no {', '.join(missing)}; the text encoder of Qwen-Image-2.1 "
-                "needs the tokenizer of Qwen3-VL."
-            )
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # as text: "<|im_end|>" in a prompt is characters
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.image_pad = self.control[IMAGE_PAD]
-        self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        if set(self._text("".join(CONTROL))) & set(self.control.values()):
-            raise TokenizerError(
-                "This tokenizer does not mark Qwen's control tokens as special, so a prompt could "
-                "contain them; use tokenizer.json as Qwen3-VL was published with it."
-            )
 
     def prompt(self, prompt: str, slots: Sequence[int] = ()) -> PromptIds:
         """The conversation that asks for `prompt`, with pictures of `slots[i]` vision tokens each.
 
         An empty prompt is read as one space. Raises PromptError for text that is not Unicode.
         """
-        turn, end, text = self.control[TURN_START], self.control[TURN_END], self._text
+        turn, end, text = self.control[TURN_START], self.control[TURN_END], self.text
         start, stop = self.control[VISION_START], self.control[VISION_END]
         ids = [turn, *text(f"system\n{SYSTEM}"), end, *text("\n")]
         dropped = len(ids)
@@ -95,111 +60,11 @@ class PromptTokenizer:
         ids += [*text(words + (prompt or " ")), end, *text("\n"), turn, *text("assistant\n")]
         return PromptIds(tuple(ids), tuple(i == self.image_pad for i in ids), dropped)
 
-    def _text(self, text: str) -> list[int]:
-        """Token ids of text between two control tokens."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                f"The prompt holds half a character (U+{ord(text[error.start]):04X}), which is not "
-                "valid text; delete the broken symbol and type it again."
-            ) from None
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
 
 def find_tokenizer(
     encoder: Path | str,
     vocab_size: int | None = None,
     tokenizer_paths: Sequence[Path | str] = (),
 ) -> PromptTokenizer:
-    """The tokenizer that belongs to the encoder file or folder `encoder`.
-
-    Looked for beside the file (`<name>.tokenizer.json`, `tokenizer.json`, `vocab.json` with
-    `merges.txt`), in a diffusers folder (`../tokenizer`, `../processor`), then in
-    `tokenizer_paths`, files or folders. A tokenizer that lacks Qwen's control tokens, or has more
-    ids than `vocab_size`, belongs to another model and is passed over. Raises TokenizerError when
-    none is left.
-    """
-    encoder, refused = Path(encoder), []
-    for place in _places(encoder, tokenizer_paths):
-        if not place.is_file():
-            continue
-        try:
-            found = PromptTokenizer(open_tokenizer(place))
-        except TokenizerError:
-            refused.append(f"{place} is damaged or another model's")
-            continue
-        if vocab_size is None or found.size <= vocab_size:
-            return found
-        refused.append(f"{place} has {found.size} tokens, the encoder {vocab_size}")
-    own = "tokenizer.json" if encoder.is_dir() else f"{encoder.stem}.tokenizer.json"
-    note = f" ({'; '.join(refused)})" if refused else ""
-    raise TokenizerError(
-        f"The text encoder {encoder.name} came without its tokenizer{note}; copy tokenizer.json "
-        "from the folder `processor` or `tokenizer` of the repository that it was published in "
-        f"to {(encoder if encoder.is_dir() else encoder.parent) / own}."
-    )
-
-
-def _places(encoder: Path, extra: Sequence[Path | str]) -> list[Path]:
-    """Files to try, best first; vocab.json stands for itself and the merges beside it."""
-    own = [] if encoder.is_dir() else [encoder.with_name(f"{encoder.stem}.tokenizer.json")]
-    folder = encoder if encoder.is_dir() else encoder.parent
-    others = (folder, folder.parent / "tokenizer", folder.parent / "processor", *map(Path, extra))
-    for place in others:
-        is_file = place.suffix == ".json"
-        own += [place] if is_file else [place / "tokenizer.json", place / "vocab.json"]
-    return own
-
-
-def open_tokenizer(path: Path | str) -> Tokenizer:
-    """Read `tokenizer.json`, or `vocab.json` with `merges.txt` beside it.
-
-    Raises TokenizerError for a file that is missing or is something else.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(path)
-    try:
-        if path.name != "vocab.json":
-            return Tokenizer.from_file(str(path))
-        lines = path.with_name("merges.txt").read_text("utf-8").splitlines()
-        pairs = [
-            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
-        ]
-        merges = [(left, right) for left, right in pairs]
-        config = path.with_name("tokenizer_config.json")
-        added = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-        vocab = json.loads(path.read_text("utf-8"))
-        return byte_level_bpe(vocab, merges, added.get("added_tokens_decoder"))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path} is not a tokenizer that can be read: {error}") from error
-
-
-def byte_level_bpe(
-    vocab: dict[str, int],
-    merges: list[tuple[str, str]],
-    added: dict[str, dict[str, Any]] | None = None,
-) -> Tokenizer:
-    """Qwen2's tokenizer over a vocabulary, with its control tokens behind it.
-
-    `added` is `added_tokens_decoder` of tokenizer_config.json, for files that have one.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers.pre_tokenizers import ByteLevel, Split
-    from tokenizers.pre_tokenizers import Sequence as Steps
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    words = Split(Regex(WORDS), behavior="isolated")
-    tokenizer.pre_tokenizer = Steps([words, ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    if added:
-        entries = [added[key] for key in sorted(added, key=int)]
-        tokens = [(entry["content"], entry.get("special", True)) for entry in entries]
-    else:
-        tokens = [(name, True) for name in QWEN_CONTROL]
-    for name, special in tokens:  # ids follow the order
-        token = AddedToken(name, normalized=False, special=special)
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
-    return tokenizer
+    """As in `model_loaders.tokenizers`, for Qwen3-VL's tokenizer."""
+    return shared.find_tokenizer(PromptTokenizer, encoder, vocab_size, tokenizer_paths)
