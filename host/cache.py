@@ -13,6 +13,7 @@ from .standin.io import Hidden
 from .validate import is_link
 
 DEEPEST = 6  # levels of a result that are searched for tensors
+MOST_RESULTS = 2000
 
 
 @dataclass
@@ -33,34 +34,51 @@ class Cache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Result] = {}  # in the order of their last use
+        self.models: set[str] = set()  # the keys of results that hold a model
+        self.bytes = 0
         self.run = 0
 
     def start(self) -> None:
         self.run += 1
 
     def get(self, key: str) -> Result | None:
-        result = self.results.get(key)
+        result = self.results.pop(key, None)
         if result:
             result.used = self.run
+            self.results[key] = result
         return result
 
     def put(self, key: str, result: Result) -> None:
+        self.drop(key)
         result.size, result.used = size_of(result.outputs), self.run
         self.results[key] = result
+        self.bytes += result.size
+        if holds_model(result.outputs):
+            self.models.add(key)
+
+    def drop(self, key: str) -> None:
+        result = self.results.pop(key, None)
+        self.bytes -= result.size if result else 0
+        self.models.discard(key)
 
     def trim(self) -> None:
-        """After a run: forget what it did not use, the oldest first, down to the budget."""
-        old = sorted((r.used, key) for key, r in self.results.items() if r.used < self.run)
-        total = sum(result.size for result in self.results.values())
-        for _, key in old:
-            result = self.results[key]
-            if total > self.budget or len(self.results) > 2000 or holds_model(result.outputs):
-                total -= result.size
-                del self.results[key]
+        """After a run: forget what it did not use, the oldest first, down to the budget.
+
+        It looks at what goes only: thousands of results may stay.
+        """
+        for key in [key for key in self.models if self.results[key].used < self.run]:
+            self.drop(key)
+        while self.results and (self.bytes > self.budget or len(self.results) > MOST_RESULTS):
+            oldest = next(iter(self.results))
+            if self.results[oldest].used == self.run:
+                return
+            self.drop(oldest)
 
     def clear(self) -> None:
         self.results.clear()
+        self.models.clear()
+        self.bytes = 0
 
 
 def walk(value: Any) -> Iterable[Any]:

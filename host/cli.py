@@ -1,7 +1,7 @@
 """The command `seedling`: what may be typed, and what becomes of errors.
 
-Exit codes: 0 done, 2 refused (one sentence on stderr says why), 130 stopped with Ctrl-C. A bug is
-a traceback.
+Exit codes: 0 done, 1 a part of a batch failed, 2 refused (one sentence on stderr says why), 130
+stopped with Ctrl-C. A bug is a traceback.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .batch import add_arguments as add_batch_arguments
 from .studio import add_arguments as add_studio_arguments
 
 Command = Callable[[argparse.Namespace, list[Path]], int]
@@ -77,6 +78,7 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         references=tuple(given.reference),
         repeat=given.repeat,
         weights=_weights(given),
+        loras=tuple(given.lora),
         size=given.size,
         steps=given.steps,
         guidance=given.guidance,
@@ -149,6 +151,16 @@ def _models(given: argparse.Namespace, saved: list[Path]) -> int:
     return 0
 
 
+def _run(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .batch import run
+
+    try:
+        return run(given, saved, _say)
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from here.", end="", file=sys.stderr)
+        raise
+
+
 def _studio(given: argparse.Namespace, saved: list[Path]) -> int:
     from .studio import run
 
@@ -171,6 +183,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_demo(commands)
+    batch = _command(commands, "run", _run, "run a workflow with many values, on any ComfyUI")
+    add_batch_arguments(batch)
     inspect = _command(commands, "inspect", _inspect, "say what a model file is")
     inspect.add_argument("file", type=Path, metavar="FILE", help=".safetensors file, or a folder")
     inspect.add_argument("--json", action="store_true", help="as one JSON object")
@@ -196,6 +210,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("prompt", nargs="?", metavar="PROMPT", help="what to make, or what to change")
     add("--reference", action="append", default=[], type=Path, metavar="FILE",
         help='a picture to edit or to use; repeated: "image 1", "image 2", ...')  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+        help="a LoRA: its path, or its name in the loras folder; repeated")  # fmt: skip
     add("--size", metavar="SIZE", help="1024x768, 16:9, 16:9@2K, poster; default: the first "
         "reference's, else the model's own")  # fmt: skip
     add("--count", type=int, default=1, metavar="N", help="pictures, with seeds counting up")

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from .events import Hub
 from .images import remove_old, remove_parts
@@ -191,6 +192,8 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except (BadRequest, PathError) as error:
         return refusal(400, str(error))
+    except BadHttpMessage as error:  # the headers of a part of a form
+        return refusal(400, f"The body cannot be read: {' '.join(error.message.split())[:200]}")
     except FileNotFoundError:
         return refusal(404, "There is no such file.")
     except (ConnectionError, asyncio.CancelledError, web.HTTPException):

@@ -156,6 +156,13 @@ def test_other_posts(host: Any, path: str, body: bytes) -> None:
     assert host.ask("POST", path, body, JSON)[0] < 500
 
 
+@pytest.mark.parametrize("name", ["x" * 9000, "nul\x00.png"], ids=["long", "control"])
+def test_a_form_with_bad_headers(host: Any, name: str) -> None:
+    """The headers of a part are the sender's too."""
+    status, answer = host.upload(name, b"x")
+    assert status == 400 and answer["error"]["message"].startswith("The body cannot be read")
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3)

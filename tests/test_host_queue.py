@@ -8,6 +8,7 @@ import json
 import random
 import sqlite3
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -97,6 +98,75 @@ def test_a_running_job_is_put_back_once(tmp_path: Path) -> None:
         queue.close()
 
     asyncio.run(run())
+
+
+ACCEPTS = """
+import asyncio, sys
+from pathlib import Path
+from seedling.host.queue import Queue
+
+async def run():
+    queue = Queue(Path(sys.argv[1]))
+    queue.open()
+    for number in range(100_000):
+        await queue.add(str(number), None, None, False, {"prompt": {}, "targets": [], "extra": {}})
+        print(number, flush=True)
+
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("count", [1, 200, 3000])
+def test_what_was_accepted_survives_kill_9_at_once(tmp_path: Path, count: int) -> None:
+    """A process that only accepts jobs, killed right behind an answer: every answer holds."""
+    command = [sys.executable, "-c", ACCEPTS, str(tmp_path / "q")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    accepted = [process.stdout.readline().strip() for _ in range(count)]
+    process.kill()
+    accepted += process.stdout.read().split()  # what it had said before it died
+    process.wait()
+
+    async def left() -> list[str]:
+        queue = opened(tmp_path / "q")
+        rows = await queue.rows(("pending",))
+        queue.close()
+        return [row.id for row in rows]
+
+    kept = asyncio.run(left())
+    assert len(accepted) >= count
+    # One more may have been written whose answer was not given any more.
+    assert kept[: len(accepted)] == accepted and len(kept) <= len(accepted) + 1
+
+
+@pytest.mark.parametrize("when", ["at rest", "under load"])
+def test_the_log_does_not_grow_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """What is in the write-ahead log goes into the file, at a rest or when there is much of it."""
+    from seedling.host import queue as module
+
+    few, many = (4096, 2**30) if when == "at rest" else (2**16, 2**16 + 1)
+    monkeypatch.setattr(module, "REST", 0.05)
+    monkeypatch.setattr(module, "ENOUGH_WAL", few)
+    monkeypatch.setattr(module, "LARGEST_WAL", many)
+    log = tmp_path / "q-wal"
+
+    async def run() -> tuple[int, int]:
+        queue, largest = opened(tmp_path / "q"), 0
+        for number in range(200):
+            await queue.add(str(number), None, None, False, JOB)
+            largest = max(largest, log.stat().st_size)
+        deadline = time.monotonic() + 20
+        while when == "at rest" and log.stat().st_size and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert [row.id for row in await queue.rows(("pending",))] == list(map(str, range(200)))
+        size = log.stat().st_size
+        queue.close()
+        return largest, size
+
+    largest, size = asyncio.run(run())
+    assert size == 0 if when == "at rest" else largest < 2**18
 
 
 def test_the_history_is_bounded(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "nodes": {*ENGINE},
     "host": {"nodes", *ENGINE},
     "training": {"benchmarks", *ENGINE},
-    "benchmarks": {"training", *ENGINE},
+    "benchmarks": {"host", "training", *ENGINE},
 }
 COMFYUI = {"comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview"} | {
     "node_helpers", "nodes", "server",
