@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import BodyPartReader, web
 from PIL import Image
 
+from .api_user import read_settings, write_settings
 from .images import FORMATS, PictureError, header, opened, write_new, write_over
 from .paths import KINDS, PathError, annotated, checked_parts, existing, files_below, inside
 from .server import LARGEST_UPLOAD, STATE, BadRequest, State, parse_json
@@ -24,6 +25,9 @@ SUFFIXES = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "GI
 # A file from a folder of the user is shown, but never a page: no script, no form, no frame.
 SAFE = {"Content-Security-Policy": "sandbox; default-src 'none'", "Cache-Control": "no-cache"}
 PACK = "seedling"
+WELCOME = "Text to Image"  # the template that a first visit opens
+TUTORIAL = "Comfy.TutorialCompleted"  # the page's setting: false for a user that it does not know
+VISITED_DAYS = 365  # browsers keep a cookie for 400 at most; every visit renews it
 
 
 # ---- pictures out ------------------------------------------------------------------------------
@@ -252,8 +256,10 @@ async def templates(request: web.Request) -> web.Response:
 async def template(request: web.Request) -> web.StreamResponse:
     if request.match_info["pack"] != PACK:
         raise web.HTTPNotFound
-    folder = request.app[STATE].options.root / "example_workflows"
-    return web.FileResponse(own_file(folder, request.match_info["file"]))
+    folder, name = request.app[STATE].options.root / "example_workflows", request.match_info["file"]
+    # The page takes no space in ?template=: there, dashes stand for them.
+    names = {path.name.replace(" ", "-"): path.name for path in folder.glob("*.json")}
+    return web.FileResponse(own_file(folder, names.get(name, name)))
 
 
 def own_file(folder: Path, *names: str) -> Path:
@@ -299,7 +305,37 @@ async def index(request: web.Request) -> web.StreamResponse:
         raise web.HTTPNotFound(
             text="The editor is not installed: pip install 'seedling[host]', then start again."
         )
-    return web.FileResponse(page / "index.html", headers={"Cache-Control": "no-store"})
+    answer: web.StreamResponse = web.FileResponse(page / "index.html")
+    if await first_visit(request):
+        address = f"/?template={WELCOME.replace(' ', '-')}&source={PACK}"
+        answer = web.Response(status=302, headers={"Location": address})
+    answer.headers["Cache-Control"] = "no-store"
+    answer.set_cookie(
+        visited(request), "1", max_age=VISITED_DAYS * 86400, samesite="Lax", httponly=True
+    )
+    return answer
+
+
+def visited(request: web.Request) -> str:
+    """The cookie of a browser that was here. It keeps tabs by port, cookies for all ports."""
+    return f"{PACK}-{request.url.port}"
+
+
+async def first_visit(request: web.Request) -> bool:
+    """Whether this browser opens the page for the first time, and so has no tabs to go back to.
+
+    The page then shows its own default graph, whose nodes are not here, unless it also takes its
+    user for a new one and the address names a template; so it is told both.
+    """
+    state = request.app[STATE]
+    is_person = "text/html" in request.headers.get("Accept", "")
+    if not is_person or request.query_string or visited(request) in request.cookies:
+        return False
+    if not (state.options.root / "example_workflows" / f"{WELCOME}.json").is_file():
+        return False
+    if read_settings(state).get(TUTORIAL):
+        await write_settings(state, {TUTORIAL: False})
+    return True
 
 
 async def extension_file(request: web.Request) -> web.StreamResponse:
