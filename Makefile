@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo studio test lint bench clean
+.PHONY: help demo studio test lint bench soak thumbnails screenshots clean
 
 help:
 	@echo 'make demo    a picture from the embedded model'
@@ -19,6 +19,9 @@ help:
 	@echo 'make test    the tests; ARGS="-k name --slow" goes to pytest'
 	@echo 'make lint    style, format, types'
 	@echo 'make bench   every benchmark, one after the other'
+	@echo 'make soak    the studio under load: 20,000 hostile requests, then 10,000 jobs'
+	@echo 'make thumbnails  the example workflows again, each with a picture that it made'
+	@echo 'make screenshots  the pictures of docs/images anew; needs Chromium'
 	@echo 'make clean   remove caches and build leftovers; .venv stays'
 
 demo: $(VENV)/ready-run
@@ -40,6 +43,15 @@ bench: $(VENV)/ready-dev
 	@set -e; for file in benchmarks/[!_]*.py; do [ -e "$$file" ] || continue; \
 	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m seedling.benchmarks.$$name; \
 	done
+
+soak: $(VENV)/ready-dev
+	SOAK_REQUESTS=20000 SOAK_JOBS=10000 $(BIN)/pytest -q -s --slow tests/test_host_soak.py $(ARGS)
+
+thumbnails: $(VENV)/ready-dev
+	$(BIN)/python tests/workflows/make.py --thumbnails
+
+screenshots: $(VENV)/ready-dev
+	$(BIN)/python tests/screenshots.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def missing(marker: str, config: pytest.Config) -> str | None:
             )
         return None
     if marker == "browser":
-        return None if importlib.util.find_spec("playwright") else "playwright is not installed"
+        return neighbour("browser_tools").missing()
     return None if config.getoption("--slow") else "slow: run with --slow"
 
 
@@ -83,16 +84,41 @@ def root() -> Path:
     return ROOT
 
 
+def neighbour(name: str) -> ModuleType:
+    """A file beside this one as a module; importlib mode has no other way."""
+    known = f"seedling_tests_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[known] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[known])
+    return sys.modules[known]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """tests/tiny.py, which writes random tiny models; importlib mode cannot import a neighbour."""
-    name = "seedling_tests_tiny"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("tiny.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """tests/tiny.py, which writes random tiny models."""
+    return neighbour("tiny")
+
+
+@pytest.fixture(scope="session")
+def hands() -> ModuleType:
+    """tests/browser_tools.py: what a person does with the page."""
+    return neighbour("browser_tools")
+
+
+# One studio and one browser for a file: while the browser is there its event loop runs in this
+# thread, and tests of other files that start a loop of their own would fail.
+@pytest.fixture(scope="module")
+def host(hands: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A studio for browser tests; files that test the studio itself have a `host` of their own."""
+    yield from hands.studio(neighbour("host_tools"), tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture(scope="module")
+def page(host: Any, hands: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page in a browser, loaded, with everything that its console said in `page.said`."""
+    yield from hands.browser(host, tmp_path_factory.mktemp("profile"))
 
 
 @pytest.fixture(scope="session")

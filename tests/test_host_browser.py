@@ -1,33 +1,12 @@
-"""The real front end in a real browser: it loads, finds our nodes, runs, and shows the picture."""
+"""The real front end in a real browser: load, find, drag, wire, run, cancel, fail, save, reopen."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import shutil
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-CHROMIUM = (
-    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-)
-FRONT_END = importlib.util.find_spec("comfyui_frontend_package")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="no chromium: install Debian's, or set CHROMIUM"),
-    pytest.mark.skipif(not FRONT_END, reason="comfyui-frontend-package is not installed"),
-]
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-SLOW = 90_000  # milliseconds: a machine that is shared
-NOT_OURS = ("api.comfy.org", "accessed before initialization")
+pytestmark = pytest.mark.browser
 FLOW = {
     "last_node_id": 2,
     "last_link_id": 1,
@@ -42,124 +21,131 @@ FLOW = {
     "links": [[1, 1, 0, 2, 0, "IMAGE"]],
     "version": 0.4,
 }  # fmt: skip
+BROKEN = {
+    "last_node_id": 2,
+    "last_link_id": 1,
+    "nodes": [
+        {"id": 1, "type": "SeedlingReferences", "pos": [100, 200], "order": 0, "mode": 0,
+         "outputs": [{"name": "references", "type": "SEEDLING_REFERENCES", "links": [1]}],
+         "widgets_values": ["model", '["gone.png"]']},
+        {"id": 2, "type": "PreviewAny", "pos": [600, 200], "order": 1, "mode": 0,
+         "inputs": [{"name": "source", "type": "*", "link": 1}]},
+    ],
+    "links": [[1, 1, 0, 2, 0, "SEEDLING_REFERENCES"]],
+    "version": 0.4,
+}  # fmt: skip
+SENTENCE = "there is no gone.png in the input folder; upload it first."
 
 
-def load(name: str) -> Any:
-    """A neighbour of this file; importlib mode has no other way."""
-    known = f"seedling_tests_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
-    return sys.modules[known]
+def alone(kind: str, *values: Any) -> dict[str, Any]:
+    """A workflow of one node."""
+    node = {"id": 1, "type": kind, "pos": [100, 200], "order": 0, "widgets_values": list(values)}
+    return {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "version": 0.4}
 
 
-tools = load("host_tools")
+def test_the_page_loads_without_an_error(page: Any, hands: Any) -> None:
+    assert hands.complaints(page) == []
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    running = tools.Host(tmp_path_factory.mktemp("studio"), Path("all")).start().warm()
-    running.post("/api/settings", {"Comfy.TutorialCompleted": True})
-    yield running
-    running.stop()
-
-
-def note(message: Any, said: list[str]) -> None:
-    if message.type == "error":
-        said.append(f"{message.text} {message.location}")
-
-
-@pytest.fixture(scope="module")
-def page(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page, loaded, with everything that its console said in `page.said`."""
-    # By name: type checkers run where playwright is not installed.
-    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright
-    base = f"http://127.0.0.1:{host.port}"
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")),
-            executable_path=CHROMIUM,
-            headless=True,
-            viewport={"width": 1400, "height": 900},
-            args=FLAGS,
-        )
-        context.route(lambda url: not url.startswith(base), lambda route: route.abort())
-        page = context.pages[0]
-        said: list[str] = []
-        page.on("console", lambda message: note(message, said))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.said = said  # type: ignore[attr-defined]
-        page.goto(base, wait_until="domcontentloaded", timeout=SLOW)
-        known = "window.LiteGraph && 'TestNoise' in window.LiteGraph.registered_node_types"
-        page.wait_for_function(f"{known} && window.app.vueAppReady", timeout=SLOW)
-        page.get_by_test_id("queue-button").wait_for(timeout=SLOW)
-        page.wait_for_timeout(1000)
-        try:
-            yield page
-        finally:
-            context.close()
-
-
-def test_the_page_loads_without_an_error(page: Any) -> None:
-    ours = [text for text in page.said if not any(other in text for other in NOT_OURS)]
-    assert ours == []
-
-
-def test_the_search_finds_our_nodes(page: Any) -> None:
-    names = page.evaluate("Object.keys(window.LiteGraph.registered_node_types)")
-    wanted = [name for name in names if name.startswith("Seedling")]
-    if not wanted:
-        pytest.skip("the pack's nodes could not be imported")
+def test_the_search_finds_our_nodes(page: Any, hands: Any) -> None:
     page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.keyboard.type("Seedling Load", delay=20)
-    page.get_by_text("Load DiT").first.wait_for(timeout=15_000)
+    page.get_by_text("Load DiT").first.wait_for(timeout=hands.SLOW)
     page.keyboard.press("Escape")
 
 
-def test_a_workflow_opens_runs_and_shows_its_picture(page: Any, host: Any) -> None:
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes 2.0"])
+def test_a_node_is_dragged_from_the_library_and_wired(page: Any, hands: Any, nodes_2: bool) -> None:
+    """From the sidebar onto the canvas, then from its output to an input, all with the mouse."""
+    hands.set_nodes_2(page, nodes_2)
+    preview = alone("PreviewImage")
+    preview["nodes"][0]["pos"] = [1000, 200]
+    hands.open_flow(page, preview)
+    toggle = "Workspace.ToggleSidebarTab.node-library"
+    page.evaluate("name => app.extensionManager.command.execute(name)", toggle)
+    page.get_by_placeholder("Search...").last.fill("Noise for Tests")
+    item = page.locator("[draggable=true]", has_text="Noise for Tests").first
+    item.wait_for(timeout=hands.SLOW)
+    hands.drag(page, hands.centre(item), (600, 500))
+    placed = "app.graph.nodes.find(n => n.type === 'TestNoise')"
+    page.wait_for_function(placed, timeout=hands.SLOW)
+    page.evaluate("name => app.extensionManager.command.execute(name)", toggle)
+    page.wait_for_timeout(500)
+    noise = page.evaluate(f"{placed}.id")
+    hands.drag(page, hands.slot(page, noise, 0, False), hands.slot(page, 1, 0, True))
+    page.wait_for_function("app.graph.getNodeById(1).getInputNode(0)", timeout=hands.SLOW)
+    assert page.evaluate("app.graph.getNodeById(1).getInputNode(0).type") == "TestNoise"
+
+
+def test_a_workflow_opens_runs_and_shows_its_picture(page: Any, hands: Any, host: Any) -> None:
     """Loaded without a missing node; Run; the picture is on the node and in the output folder."""
-    page.evaluate("flow => window.app.loadGraphData(flow)", FLOW)
-    page.wait_for_function("window.app.graph.getNodeById(2)", timeout=15_000)
+    hands.set_nodes_2(page, False)
+    hands.open_flow(page, FLOW)
     assert page.evaluate("window.app.graph.nodes.every(n => !n.has_errors)")
     assert page.get_by_text("Missing Node").count() == 0
-    page.get_by_test_id("queue-button").click()
+    hands.run(page)
     shown = "window.app.graph.getNodeById(2).imgs?.[0]?.naturalWidth === 64"
-    page.wait_for_function(shown, timeout=30_000)
+    page.wait_for_function(shown, timeout=hands.SLOW)
     assert (host.home / "output" / "browser_00001_.png").is_file()
-    keep(page, "run")
 
 
-def test_a_saved_picture_brings_its_graph_back(page: Any, host: Any) -> None:
-    """The PNG that was just saved, dropped on the page."""
-    data = list((host.home / "output" / "browser_00001_.png").read_bytes())
+def test_a_saved_picture_brings_its_graph_back(page: Any, hands: Any, host: Any) -> None:
+    """The PNG that was just saved, dropped on the empty canvas."""
     page.evaluate("window.app.graph.clear()")
-    drop = """async bytes => {
-        const file = new File([new Uint8Array(bytes)], 'x.png', {type: 'image/png'});
-        await window.app.handleFile(file);
-    }"""
-    page.evaluate(drop, data)
+    hands.drop_file(page, (600, 500), host.home / "output" / "browser_00001_.png")
     back = "window.app.graph.nodes.map(n => n.type).sort().join() === 'SaveImage,TestNoise'"
-    page.wait_for_function(back, timeout=15_000)
+    page.wait_for_function(back, timeout=hands.SLOW)
+    seed = "app.graph.nodes.find(n => n.type === 'TestNoise').widgets[0].value"
+    assert page.evaluate(seed) == 7
 
 
-def test_an_error_is_told_and_the_next_run_works(page: Any, host: Any) -> None:
-    flow = {
-        "last_node_id": 1,
-        "last_link_id": 0,
-        "nodes": [{"id": 1, "type": "TestBad", "pos": [100, 200], "widgets_values": ["raise", 1]}],
-        "links": [],
-        "version": 0.4,
-    }
-    page.evaluate("flow => window.app.loadGraphData(flow)", flow)
-    page.get_by_test_id("queue-button").click()
-    page.get_by_text("TestBad").first.wait_for(timeout=15_000)
+def test_the_picture_shows_in_nodes_2(page: Any, hands: Any) -> None:
+    """As an element of the page, in the size in which it was made."""
+    hands.set_nodes_2(page, True)
+    hands.open_flow(page, FLOW)
+    hands.run(page)
+    picture = page.locator("[data-node-id='2'] img[src*='/view']").first
+    picture.wait_for(timeout=hands.SLOW)
+    loaded = "[...document.querySelectorAll(\"[data-node-id='2'] img\")]"
+    page.wait_for_function(f"{loaded}.some(i => i.naturalWidth === 64)", timeout=hands.SLOW)
+    hands.set_nodes_2(page, False)
+
+
+def test_a_run_is_cancelled_from_the_page(page: Any, hands: Any, host: Any) -> None:
+    """With the button beside Run, within one step of many."""
+    hands.open_flow(page, alone("TestSteps", 10_000, 0.1))
+    heard = "e => window.interrupted = e.detail.node_id, { once: true }"
+    page.evaluate(f"app.api.addEventListener('execution_interrupted', {heard})")
+    hands.run(page)
+    page.get_by_label("Cancel current run").first.click(timeout=hands.SLOW)  # once it is enabled
+    page.wait_for_function("window.interrupted === '1'", timeout=hands.SLOW)
+    assert host.get("/api/queue")[1] == {"queue_running": [], "queue_pending": []}
+    assert len(host.get("/api/jobs?status=cancelled")[1]["jobs"]) == 1
+
+
+def test_what_is_wrong_is_said_in_our_words(page: Any, hands: Any) -> None:
+    """The node's own sentence under its title; said once for the same failure twice."""
+    hands.open_flow(page, BROKEN)
+    page.evaluate("app.graph.getNodeById(1).title = 'My pictures'")
+    hands.run(page)
+    page.get_by_text(SENTENCE).first.wait_for(timeout=hands.SLOW)
+    assert [each.split("\n") for each in hands.toasts(page)] == [["My pictures", SENTENCE]]
+    hands.run(page)
+    page.wait_for_timeout(1500)
+    assert len(hands.toasts(page)) == 1
+
+
+def test_other_nodes_keep_the_page_s_words(page: Any, hands: Any, host: Any) -> None:
+    """A failure that is not ours is reported as it always was, and the next run works."""
+    page.evaluate("app.extensionManager.toast.removeAll()")
+    hands.open_flow(page, alone("TestBad", "raise", 1))
+    hands.run(page)
+    page.get_by_text("TestBad").first.wait_for(timeout=hands.SLOW)
     job = host.get("/api/jobs?status=failed")[1]["jobs"][0]
     assert "on purpose" in job["execution_error"]["exception_message"]
-
-
-def keep(page: Any, name: str) -> None:
-    """Write a screenshot where $SCREENSHOTS says, to be looked at."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=str(Path(folder) / f"host-{name}.png"))
+    assert not any("on purpose" in said for said in hands.toasts(page))
+    hands.open_flow(page, FLOW)
+    page.evaluate("app.graph.getNodeById(1).widgets[0].value = 8")
+    hands.run(page)
+    shown = "window.app.graph.getNodeById(2).imgs?.[0]?.naturalWidth === 64"
+    page.wait_for_function(shown, timeout=hands.SLOW)
