@@ -28,6 +28,13 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="where export writes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=3,
+        metavar=("TEXT", "EDIT", "COMPOSE"),
+        help="of the student's rows; start with text-to-image, the cheapest, to learn to draw",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/scores"), help="where evaluate writes"
     )
     parser.add_argument("--count", type=int, default=500, help="held-out prompts of each kind")
@@ -51,9 +58,10 @@ def main() -> None:
 
         read(options.run, options.minutes)
     elif options.stage == "student":
+        from .transformer import SHARES
         from .transformer import train as train_student
 
-        train_student(options.run, options.minutes, options.assets)
+        train_student(options.run, options.minutes, options.assets, tuple(options.shares or SHARES))
     elif options.stage == "evaluate":
         from .evaluate import evaluate, from_assets
 

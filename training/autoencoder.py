@@ -21,7 +21,7 @@ from .projection import CHANNELS, PATCH, Projection, pictures
 from .runs import Average, Budget, Run, warm_stable_decay
 from .speed import autocast
 
-ENCODER_DIM, DECODER_DIM = 144, 256
+ENCODER_DIM, DECODER_DIM = 144, 160
 ENCODER_CONSTANT, DECODER_CONSTANT = 300.0, 32.0
 
 

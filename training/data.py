@@ -21,7 +21,8 @@ from . import world
 from .prompts import Prompts
 
 SIZE = 128
-FULL = 0.5  # of the captions are full ones, whatever the world's odds of levels
+FULL = 0.6  # of the captions are full ones, whatever the world's odds of levels
+FEW = 0.5  # of text-to-image scenes have one or two objects, whatever the world's odds
 KINDS = (9, 11, 4, 3)  # classes of shape, colour, fill and size, 0 = no object
 
 
@@ -57,7 +58,7 @@ def token_classes(scene: world.Scene) -> np.ndarray:
 
 def draw(
     rng: np.random.Generator,
-    shares: tuple[float, float, float],
+    shares: tuple[float, ...],
     held_out: bool = False,
     level: int | None = None,
 ) -> Sample:
@@ -68,7 +69,8 @@ def draw(
     kind = rng.choice(3, p=np.array(shares) / sum(shares))
     left_out = rng.random() < 0.08 and not held_out and level is None
     if kind == 0:
-        scene = world.sample_scene(rng, held_out=held_out)
+        count = int(rng.integers(1, 3)) if rng.random() < FEW else None
+        scene = world.sample_scene(rng, count=count, held_out=held_out)
         level = 3 if level is None and rng.random() < FULL else level
         text = world.sample_caption(scene, rng, level=level)[0].text
         return Sample("" if left_out else text, (), scene)
@@ -98,7 +100,7 @@ def batches(
     tokenizer: Path,
     seed: int,
     size: int,
-    shares: tuple[float, float, float],
+    shares: tuple[float, ...],
     *,
     pictures: bool = True,
     level: int | None = None,

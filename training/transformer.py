@@ -30,7 +30,7 @@ DIT = DiTConfig(
 )
 MIDDLE = 3  # the block whose output the token head reads
 DRAWS = 2  # noise levels per prefix
-SHARES = (0.46, 0.36, 0.18)  # text-to-image, edit, composition
+SHARES = (0.46, 0.36, 0.18)  # text-to-image, edit, composition; text-to-image is the cheapest
 
 
 def optimizers(*modules: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -156,7 +156,12 @@ def read(folder: Path, minutes: float, batch: int = 32, rate: float = 2e-3) -> N
 
 
 def train(
-    folder: Path, minutes: float, assets: Path, batch: int = 32, rate: float = 1.5e-3
+    folder: Path,
+    minutes: float,
+    assets: Path,
+    shares: tuple[float, ...] = SHARES,
+    batch: int = 32,
+    rate: float = 1.5e-3,
 ) -> None:
     """Joint flow-matching training; goes on where it stopped.
 
@@ -177,7 +182,7 @@ def train(
     budget = Budget(minutes, state.get("minutes", 0.0))
     step = first = state.get("step", 0)
     samples = state.get("samples", 0)
-    feed = Feed(folder / "tokenizer.json", 5000 + first, batch, SHARES)
+    feed = Feed(folder / "tokenizer.json", 5000 + first, batch, shares)
 
     def save() -> None:
         run.save(
@@ -195,7 +200,7 @@ def train(
         rows = next(feed)
         with autocast(bf16):
             parts = losses(student, projection, prompts, rows)
-        loss = parts["flow"] + 0.2 * parts["tokens"] + 0.1 * parts["layout"]
+        loss = parts["flow"] + 0.3 * parts["tokens"] + 0.1 * parts["layout"]
         _advance(student, steppers, loss, rate * warm_stable_decay(step, budget.progress))
         average.update(student, step)
         samples += len(rows.ids)

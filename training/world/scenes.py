@@ -33,6 +33,7 @@ CELL = 1.0 / 3.0
 RADIUS = {"small": 12.0 / 128.0, "big": 17.5 / 128.0}
 MARGIN = 1.3 / 128.0
 MAX_JITTER = 8.0 / 128.0
+MAX_TURN = math.pi / 8  # either way; full turns want many times the training
 # One scene content in so many is held out, and so are about one in so many (shape, colour, fill)
 # triples, wherever they appear.
 HELD_OUT_SCENES = 32
@@ -117,7 +118,7 @@ def pose(thing: Thing) -> Pose:
         x=(column + 0.5) * CELL + reach * (2 * draws[1] - 1),
         y=(row + 0.5) * CELL + reach * (2 * draws[2] - 1),
         radius=radius,
-        rotation=2 * math.pi * draws[3],
+        rotation=MAX_TURN * (2 * draws[3] - 1),
         draws=draws[4:],
     )
 
