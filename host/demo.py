@@ -11,6 +11,7 @@ from .generate import OrderError, Say, Writer, device_of, load, pictures, progre
 from .models import ASSETS, Choice, choose
 from .pictures import PictureFile, png, read_picture, to_image, write_at
 from .sheet import Tile, contact_sheet, thumbnail
+from .studio import DEFAULT_PORT
 
 SCENES = ASSETS / "demo"
 GREEN_ABOVE_YELLOW = "一个绿色的爱心在一个黄色的方形的上面"
@@ -89,6 +90,7 @@ def demo(show: Show, saved: list[Path], say: Say) -> None:
     write_at(saved[-1], png(contact_sheet(tiles)), replace=True)
     seconds = time.perf_counter() - begin
     say(f"{str(saved[-1]):<36} {seconds:5.1f} s  all of them (seconds in all)")
+    say(f"make studio opens the editor with this model: http://127.0.0.1:{DEFAULT_PORT}/")
 
 
 def bring(pipeline: Pipeline, folder: Path, own: PictureFile | None) -> dict[str, PictureFile]:
