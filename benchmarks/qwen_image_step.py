@@ -96,10 +96,10 @@ def measure_vae(width: int, side: int, runs: int) -> list[dict[str, object]]:
     video = (latents * std + mean)[:, :, None]
 
     def their_encode() -> Tensor:
-        return (theirs.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        return (theirs.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std  # pyright: ignore
 
     def their_decode() -> Tensor:
-        return theirs.decode(video).sample[:, :, 0]
+        return theirs.decode(video).sample[:, :, 0]  # pyright: ignore
 
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "decode": (their_decode, partial(ours.decode, latents)),

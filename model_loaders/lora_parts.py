@@ -101,7 +101,7 @@ class _Header:
             form = f"DoRA ({form})" if form != "LoRA" else "DoRA"
         return Module(self.checkpoint, self.name, self.tensors, form, shape, rank)
 
-    def form(self) -> tuple[str, tuple[int, ...], int | None]:
+    def form(self) -> tuple[str, tuple[int, ...], int | None]:  # pyright: ignore
         parts = {*self.tensors}
         if parts & {"down", "up", "mid"}:
             if "mid" in parts:
@@ -173,7 +173,7 @@ class _Header:
         shape = self.shape(part)
         if len(shape) < 2 or math.prod(shape[2:]) != 1:
             self.refuse(f"has {part} of shape {shape}, needed is a matrix")
-        return shape[0], shape[1]
+        return shape[0], shape[1]  # pyright: ignore
 
     def refuse(self, what: str) -> Any:
         where = printable(self.name)

@@ -310,7 +310,7 @@ def _settled(layer: nn.Module, branch: Branch) -> Branch:
     lengths = []
     for low in range(0, delta.out, step):
         high = min(low + step, delta.out)
-        whole = weight_rows(layer, start + low, start + high) + delta.rows(low, high).matrix()
+        whole = weight_rows(layer, start + low, start + high) + delta.rows(low, high).matrix()  # pyright: ignore
         lengths.append(whole.norm(dim=1))
     gain = branch.magnitude.to(device).float() / torch.cat(lengths)
     return replace(branch, delta=delta, magnitude=gain)

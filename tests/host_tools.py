@@ -73,7 +73,7 @@ class Host:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.putrequest(
                 method, path, skip_host="Host" in (headers or {}), skip_accept_encoding=True
@@ -104,7 +104,7 @@ class Host:
         assert status == 200, answer
         return answer["prompt_id"]
 
-    def finished(self, job_id: str, seconds: float = 30.0) -> dict[str, Any]:
+    def finished(self, job_id: str, seconds: float = 120.0) -> dict[str, Any]:
         """The history of a job, when it has ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

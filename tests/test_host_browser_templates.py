@@ -20,7 +20,7 @@ PATIENCE, RUN = 120_000, 240_000  # milliseconds: a machine that is shared
 
 sys.path.append(str(TESTS / "workflows"))
 canvas, layouts, make = (importlib.import_module(n) for n in ("canvas", "layouts", "make"))
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SHOWN = "app.rootGraph.nodes.find(n => n.type === 'SaveImage').imgs?.[0]?.naturalWidth === 128"
 

@@ -105,6 +105,7 @@ class Strip {
       this.stop();
       return;
     }
+    this.takePlace();
     const found = links(node);
     this.follow(new Map([...found].map(([source, link]) => [source, link.id])));
     const state = this.state(found);
@@ -113,6 +114,17 @@ class Strip {
     this.shown = told;
     this.view.render(state);
     if (!LiteGraph.vueNodesMode) this.makeRoom(); // there the page lays the node out itself
+  }
+
+  /**
+   * Undo makes a new node with the old one's id, and Nodes 2.0 goes on showing the old one's
+   * element: put ours there.
+   */
+  takePlace() {
+    const { element } = this.view;
+    const { node } = this;
+    if (element.isConnected || !LiteGraph.vueNodesMode || app.canvas.graph !== node.graph) return;
+    document.querySelector(`[data-node-id="${node.id}"] .seedling-strip`)?.replaceWith(element);
   }
 
   makeRoom() {

@@ -85,7 +85,7 @@ def vae_config(checkpoint: Checkpoint) -> VAEConfig:
             times.append(f"{down}{i}.time_conv.weight" in names)
     if blocks == 0:
         raise KeyError(f"{down}0.conv1.weight")
-    widths.append(width)
+    widths.append(width)  # pyright: ignore
     z_dim = shape("post_quant_conv.weight")[0]
     mean, std = _statistics(checkpoint, z_dim)
     return VAEConfig(

@@ -187,11 +187,11 @@ class Attention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        q = self.norm_q(heads(self.to_q(image[:, :only])))
+        q = self.norm_q(heads(self.to_q(image[:, :only])))  # pyright: ignore
         if only is None:
-            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(text))), q], dim=1)
-        k = [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))]
-        v = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
+            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(text))), q], dim=1)  # pyright: ignore
+        k = [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))]  # pyright: ignore
+        v = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)  # pyright: ignore
         q = rotate(q, turn if only is None else turn[words:end])
         k = rotate(torch.cat(k, dim=1), turn)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -235,20 +235,20 @@ class Block(nn.Module):
         """Both streams, one layer on; `only`: in the last layer, the tokens of the target."""
         said: list[Part] = [(slice(None), words)]
         told, seen = self.attn(
-            modulate(self.txt_norm1(text), said, 0),
-            modulate(self.img_norm1(image), parts, 0),
+            modulate(self.txt_norm1(text), said, 0),  # pyright: ignore
+            modulate(self.img_norm1(image), parts, 0),  # pyright: ignore
             turn,
             only,
         )
         if only is not None:
             image, parts = image[:, :only], parts[:1]
         image = add_gated(image, seen, parts, 0)
-        made = self.img_mlp(modulate(self.img_norm2(image), parts, 3))
+        made = self.img_mlp(modulate(self.img_norm2(image), parts, 3))  # pyright: ignore
         image = within_half(add_gated(image, made, parts, 3))
         if told is None:
             return text, image
         text = add_gated(text, told, said, 0)
-        made = self.txt_mlp(modulate(self.txt_norm2(text), said, 3))
+        made = self.txt_mlp(modulate(self.txt_norm2(text), said, 3))  # pyright: ignore
         return within_half(add_gated(text, made, said, 3)), image
 
 

@@ -288,7 +288,7 @@ class DiT(nn.Module):
             tokens = block(tokens, modulation, turn, attend)
         # Nobody reads what the last layer makes of a prefix, only its keys and values.
         last = blocks[-1]
-        prefix.keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn), room)
+        prefix.keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn), room)  # pyright: ignore
         return prefix
 
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
