@@ -84,7 +84,8 @@ def measure_vae(width: int, side: int, runs: int) -> list[dict[str, object]]:
 
     torch.manual_seed(0)
     config = VAEConfig(base_dim=width)
-    theirs, ours = AutoencoderKLQwenImage(base_dim=width).eval(), VAE(config)
+    theirs: Any = AutoencoderKLQwenImage(base_dim=width).eval()
+    ours = VAE(config)
     for name, weight in theirs.named_parameters():
         if not name.endswith("gamma") and weight.ndim > 1:
             nn.init.normal_(weight, std=1.2 / weight[0].numel() ** 0.5)
@@ -96,10 +97,10 @@ def measure_vae(width: int, side: int, runs: int) -> list[dict[str, object]]:
     video = (latents * std + mean)[:, :, None]
 
     def their_encode() -> Tensor:
-        return (theirs.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std  # pyright: ignore
+        return (theirs.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
 
     def their_decode() -> Tensor:
-        return theirs.decode(video).sample[:, :, 0]  # pyright: ignore
+        return theirs.decode(video).sample[:, :, 0]
 
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "decode": (their_decode, partial(ours.decode, latents)),

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import Checkpoint, CheckpointError
 from .header import damaged, printable
@@ -101,7 +101,7 @@ class _Header:
             form = f"DoRA ({form})" if form != "LoRA" else "DoRA"
         return Module(self.checkpoint, self.name, self.tensors, form, shape, rank)
 
-    def form(self) -> tuple[str, tuple[int, ...], int | None]:  # pyright: ignore
+    def form(self) -> tuple[str, tuple[int, ...], int | None]:
         parts = {*self.tensors}
         if parts & {"down", "up", "mid"}:
             if "mid" in parts:
@@ -173,9 +173,9 @@ class _Header:
         shape = self.shape(part)
         if len(shape) < 2 or math.prod(shape[2:]) != 1:
             self.refuse(f"has {part} of shape {shape}, needed is a matrix")
-        return shape[0], shape[1]  # pyright: ignore
+        return shape[0], shape[1]
 
-    def refuse(self, what: str) -> Any:
+    def refuse(self, what: str) -> NoReturn:
         where = printable(self.name)
         raise CheckpointError(f"{self.checkpoint.name}: the LoRA of {where} {what}.")
 

@@ -306,11 +306,12 @@ def _settled(layer: nn.Module, branch: Branch) -> Branch:
     delta = branch.delta.to(device)
     if branch.magnitude is None:
         return replace(branch, delta=delta)
-    start, step = (branch.rows or (0, 0))[0], max(1, BLOCK // layer.weight.shape[1])  # type: ignore
-    lengths = []
+    start, lengths = (branch.rows or (0, 0))[0], []
+    width: int = layer.weight.shape[1]  # type: ignore
+    step = max(1, BLOCK // width)
     for low in range(0, delta.out, step):
         high = min(low + step, delta.out)
-        whole = weight_rows(layer, start + low, start + high) + delta.rows(low, high).matrix()  # pyright: ignore
+        whole = weight_rows(layer, start + low, start + high) + delta.rows(low, high).matrix()
         lengths.append(whole.norm(dim=1))
     gain = branch.magnitude.to(device).float() / torch.cat(lengths)
     return replace(branch, delta=delta, magnitude=gain)

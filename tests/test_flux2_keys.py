@@ -314,7 +314,7 @@ def test_files_in_the_wrong_slot_and_other_models_are_refused(tmp_path):
         for other, path in files.items():
             if other != kind:
                 with pytest.raises(CheckpointError, match=r"flux2.*needed is"):
-                    find(kind, path)  # pyright: ignore
+                    find(kind, path)  # pyright: ignore[reportArgumentType]
     with torch.device("meta"):
         first = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(

@@ -131,8 +131,8 @@ class Model:
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.dit = draw(diffusers.Flux2Transformer2DModel(**DIT, guidance_embeds=guided))
         self.vae = draw(diffusers.AutoencoderKLFlux2(**VAE))
-        self.vae.bn.running_mean.normal_(std=0.3)  # pyright: ignore
-        self.vae.bn.running_var.uniform_(0.5, 2.0)  # pyright: ignore
+        self.vae.bn.running_mean.normal_(std=0.3)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        self.vae.bn.running_var.uniform_(0.5, 2.0)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         config = transformers.Qwen3Config(vocab_size=size, **TEXT)
         self.encoder = draw(transformers.Qwen3ForCausalLM(config))
         self.tokenizer = transformers.PreTrainedTokenizerFast(
@@ -156,7 +156,7 @@ class Model:
         qwen_tokenizer().save(str(folder / "text_encoders/tiny.tokenizer.json"))
 
     def ours(self, variant: str | None = None) -> Pipeline:
-        pipeline = Pipeline.load(**self.files)  # pyright: ignore
+        pipeline = Pipeline.load(**self.files)  # pyright: ignore[reportArgumentType]
         if variant:
             pipeline.dit = load_dit(self.files["dit"], variant=variant)
         return pipeline

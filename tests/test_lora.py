@@ -335,7 +335,7 @@ def test_several_with_strengths_that_change(loaded: Loaded, base: Weights, tmp_p
             name: sum(s * d[name] for s, d in zip(strengths, deltas, strict=True))
             for name in (Q, NORM)
         }
-        assert error(velocity(loaded.module), merged(loaded, base, total)) <= 1e-5  # pyright: ignore
+        assert error(velocity(loaded.module), merged(loaded, base, total)) <= 1e-5  # pyright: ignore[reportArgumentType]
     assert torch.equal(velocity(loaded.module), before)  # with strengths of 0
     adapters.set_strength(files[2], 1.0)
     adapters.remove(files[0])

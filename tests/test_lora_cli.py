@@ -159,7 +159,7 @@ def test_parts_without_a_place_are_told(
     weights: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = {"te.layer.lora_A.weight": torch.ones(1, 2), "te.layer.lora_B.weight": torch.ones(2, 1)}
-    make("a.png", "--lora", lora("one.safetensors", **more), weights=weights)  # pyright: ignore
+    make("a.png", "--lora", lora("one.safetensors", **more), weights=weights)  # pyright: ignore[reportArgumentType]
     said = capsys.readouterr().out
     assert (
         "Note: one.safetensors: 1 of its 2 modules fit nothing here and are left out: te.layer."

@@ -128,8 +128,8 @@ def test_modulations_of_a_schedule_are_those_of_its_steps_bit_for_bit(kind: str)
     table = ours.modulations(times, torch.float32)
     steps = [(x, t, ours(x, torch.tensor([t]), prefix)) for t in times for x in latents((4, 4))]
     for block in ours.blocks:  # with the table no step reads these weights
-        block.img_mod = block.txt_mod = torch.nn.Identity()  # pyright: ignore
-    ours.time_text_embed = ours.norm_out.linear = torch.nn.Identity()  # pyright: ignore
+        block.img_mod = block.txt_mod = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    ours.time_text_embed = ours.norm_out.linear = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     for (x, t, before), modulation in zip(steps, table, strict=True):
         assert torch.equal(ours(x, torch.tensor([t]), prefix, modulation), before)
     six = CONFIG.layers * 2 * 6 * CONFIG.dim * 4

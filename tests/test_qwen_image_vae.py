@@ -22,11 +22,11 @@ def statistics(z: int) -> dict[str, tuple[float, ...]]:
 
 
 CONFIGS = {
-    "published, narrow": VAEConfig(z_dim=6, base_dim=8, **statistics(6)),  # pyright: ignore
-    "with alpha": VAEConfig(z_dim=4, base_dim=8, in_channels=4, **statistics(4)),  # pyright: ignore
+    "published, narrow": VAEConfig(z_dim=6, base_dim=8, **statistics(6)),  # pyright: ignore[reportArgumentType]
+    "with alpha": VAEConfig(z_dim=4, base_dim=8, in_channels=4, **statistics(4)),  # pyright: ignore[reportArgumentType]
     "two stages": VAEConfig(
         z_dim=4, base_dim=8, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,),
-        **statistics(4),  # pyright: ignore
+        **statistics(4),  # pyright: ignore[reportArgumentType]
     ),
 }  # fmt: skip
 

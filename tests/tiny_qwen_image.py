@@ -80,10 +80,10 @@ def drawn(module: nn.Module) -> Any:
 def write(folder: Path, kind: str) -> Path:
     """The folder of a diffusers pipeline of this class."""
     alpha = 4 if "Layered" in kind else 3
-    drawn(diffusers.QwenImageTransformer2DModel(**DIT, **KINDS[kind])).save_pretrained(  # pyright: ignore
+    drawn(diffusers.QwenImageTransformer2DModel(**DIT, **KINDS[kind])).save_pretrained(  # pyright: ignore[reportPrivateImportUsage]
         folder / "transformer"
     )
-    vae = diffusers.AutoencoderKLQwenImage(  # pyright: ignore
+    vae = diffusers.AutoencoderKLQwenImage(  # pyright: ignore[reportPrivateImportUsage]
         base_dim=8, z_dim=CHANNELS, num_res_blocks=1, input_channels=alpha,
         latents_mean=[0.1 * i - 0.2 for i in range(CHANNELS)],
         latents_std=[1.0 + 0.1 * i for i in range(CHANNELS)],
@@ -135,11 +135,11 @@ def oracle(folder: Path, kind: str) -> Any:
     encoder.register_forward_pre_hook(with_kinds_of_tokens, with_kwargs=True)
     parts = {"processor": processor()} if kind != "QwenImagePipeline" else {}
     pipeline = getattr(diffusers, kind)(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),  # pyright: ignore
-        vae=diffusers.AutoencoderKLQwenImage.from_pretrained(folder / "vae"),  # pyright: ignore
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),  # pyright: ignore[reportPrivateImportUsage]
+        vae=diffusers.AutoencoderKLQwenImage.from_pretrained(folder / "vae"),  # pyright: ignore[reportPrivateImportUsage]
         text_encoder=encoder.eval(),
         tokenizer=tokenizer(),
-        transformer=diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),  # pyright: ignore
+        transformer=diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),  # pyright: ignore[reportPrivateImportUsage]
         **parts,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ from .prompts import Prompts
 
 SIZE = 128
 FULL = 0.6  # of the captions are full ones, whatever the world's odds of levels
-FEW = 0.5  # of text-to-image scenes have one or two objects, whatever the world's odds
+FEW = 0.4  # of text-to-image scenes have one or two objects, whatever the world's odds
 KINDS = (9, 11, 4, 3)  # classes of shape, colour, fill and size, 0 = no object
 
 

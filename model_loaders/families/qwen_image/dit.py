@@ -168,12 +168,18 @@ class Attention(nn.Module):
     def __init__(self, c: DiTConfig, ops: Operations, **kw: Any) -> None:
         super().__init__()
         self.head_dim = c.head_dim
-        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-            setattr(self, name, ops.Linear(c.dim, c.dim, **kw))
+        self.to_q = ops.Linear(c.dim, c.dim, **kw)
+        self.to_k = ops.Linear(c.dim, c.dim, **kw)
+        self.to_v = ops.Linear(c.dim, c.dim, **kw)
+        self.add_q_proj = ops.Linear(c.dim, c.dim, **kw)
+        self.add_k_proj = ops.Linear(c.dim, c.dim, **kw)
+        self.add_v_proj = ops.Linear(c.dim, c.dim, **kw)
         self.to_out = nn.ModuleList([ops.Linear(c.dim, c.dim, **kw)])
         self.to_add_out = ops.Linear(c.dim, c.dim, **kw)
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self, name, ops.RMSNorm(c.head_dim, eps=c.eps, **kw))
+        self.norm_q = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
+        self.norm_k = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
+        self.norm_added_q = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
+        self.norm_added_k = ops.RMSNorm(c.head_dim, eps=c.eps, **kw)
 
     def forward(
         self, text: Tensor, image: Tensor, turn: Tensor, only: int | None
@@ -187,11 +193,11 @@ class Attention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        q = self.norm_q(heads(self.to_q(image[:, :only])))  # pyright: ignore
+        q = self.norm_q(heads(self.to_q(image[:, :only])))
         if only is None:
-            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(text))), q], dim=1)  # pyright: ignore
-        k = [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))]  # pyright: ignore
-        v = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)  # pyright: ignore
+            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(text))), q], dim=1)
+        k = [self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))]
+        v = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
         q = rotate(q, turn if only is None else turn[words:end])
         k = rotate(torch.cat(k, dim=1), turn)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -222,8 +228,10 @@ class Block(nn.Module):
         self.img_mod = nn.Sequential(nn.SiLU(), ops.Linear(c.dim, 6 * c.dim, **kw))
         self.txt_mod = nn.Sequential(nn.SiLU(), ops.Linear(c.dim, 6 * c.dim, **kw))
         plain = {"eps": c.eps, "elementwise_affine": False, **kw}
-        for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
-            setattr(self, name, ops.LayerNorm(c.dim, **plain))
+        self.img_norm1 = ops.LayerNorm(c.dim, **plain)
+        self.img_norm2 = ops.LayerNorm(c.dim, **plain)
+        self.txt_norm1 = ops.LayerNorm(c.dim, **plain)
+        self.txt_norm2 = ops.LayerNorm(c.dim, **plain)
         self.attn = Attention(c, ops, **kw)
         self.img_mlp = FeedForward(c, ops, **kw)
         self.txt_mlp = FeedForward(c, ops, **kw)
@@ -235,20 +243,20 @@ class Block(nn.Module):
         """Both streams, one layer on; `only`: in the last layer, the tokens of the target."""
         said: list[Part] = [(slice(None), words)]
         told, seen = self.attn(
-            modulate(self.txt_norm1(text), said, 0),  # pyright: ignore
-            modulate(self.img_norm1(image), parts, 0),  # pyright: ignore
+            modulate(self.txt_norm1(text), said, 0),
+            modulate(self.img_norm1(image), parts, 0),
             turn,
             only,
         )
         if only is not None:
             image, parts = image[:, :only], parts[:1]
         image = add_gated(image, seen, parts, 0)
-        made = self.img_mlp(modulate(self.img_norm2(image), parts, 3))  # pyright: ignore
+        made = self.img_mlp(modulate(self.img_norm2(image), parts, 3))
         image = within_half(add_gated(image, made, parts, 3))
         if told is None:
             return text, image
         text = add_gated(text, told, said, 0)
-        made = self.txt_mlp(modulate(self.txt_norm2(text), said, 3))  # pyright: ignore
+        made = self.txt_mlp(modulate(self.txt_norm2(text), said, 3))
         return within_half(add_gated(text, made, said, 3)), image
 
 

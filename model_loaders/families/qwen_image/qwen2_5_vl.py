@@ -153,14 +153,14 @@ class Qwen25VL(nn.Module):
         with torch.device("meta"):
             self.model = Qwen2_5_VLModel(_transformers_config(config))
         text, visual = self.model.language_model, self.model.visual
-        visual.patch_embed = PatchEmbed(  # pyright: ignore
+        visual.patch_embed = PatchEmbed(  # pyright: ignore[reportAttributeAccessIssue]
             PATCH, config.vision_hidden, bias=False, device=device, dtype=dtype
         )
         replace_layers(self.model, operations, device, dtype)
         # Tables that no file holds: real even while the weights are still on "meta".
         real = torch.device(device or "cpu")
         with torch.device("cpu") if real.type == "meta" else real:
-            text.rotary_emb = type(text.rotary_emb)(text.config)  # pyright: ignore
+            text.rotary_emb = type(text.rotary_emb)(text.config)  # pyright: ignore[reportArgumentType]
             visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config)
         self.eval()
 

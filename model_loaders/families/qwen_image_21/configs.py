@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ...shapes import count, ratio, shapes
+from ...shapes import count, latent_statistics, ratio, rotary_axes, shapes
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -47,10 +47,6 @@ def dit_config(checkpoint: Checkpoint) -> DiTConfig:
     shape = shapes(checkpoint, 2)
     dim, in_channels = shape("img_in.weight")
     (head_dim,) = shapes(checkpoint, 1)("transformer_blocks.0.attn.norm_q.weight")
-    axes = checkpoint.config.get("axes_dims_rope") or _axes(head_dim)
-    axes = tuple(map(int, axes))
-    if len(axes) != 3 or sum(axes) != head_dim or any(a % 2 for a in axes):
-        raise ValueError(f"rotary axes {axes} do not fit heads of {head_dim} channels")
     return DiTConfig(
         in_channels=in_channels,
         layers=count(checkpoint.names, "transformer_blocks.", ".attn.norm_q.weight"),
@@ -58,14 +54,8 @@ def dit_config(checkpoint: Checkpoint) -> DiTConfig:
         head_dim=head_dim,
         context_dim=shape("txt_in.in_layer.weight")[1],
         mlp_dim=shape("transformer_blocks.0.img_mlp.out.weight")[1],
-        axes=axes,
+        axes=rotary_axes(checkpoint, head_dim),
     )
-
-
-def _axes(head_dim: int) -> tuple[int, int, int]:
-    """Rotary channels for frame, height, width: 16, 56, 56 of 128, and so in proportion."""
-    side = head_dim * 7 // 16
-    return head_dim - 2 * side, side, side
 
 
 def vae_config(checkpoint: Checkpoint) -> VAEConfig:
@@ -78,7 +68,8 @@ def vae_config(checkpoint: Checkpoint) -> VAEConfig:
     widths = [shape(f"{down}{i}.resnets.0.conv1.weight")[0] for i in range(stages)]
     mult = tuple(ratio(f"{down}{i}", width, base) for i, width in enumerate(widths))
     z_dim = shape("post_quant_conv.weight")[0]
-    mean, std = _statistics(checkpoint, base, z_dim)
+    published = (LATENTS_MEAN, LATENTS_STD) if (base, z_dim) == PUBLISHED_VAE else None
+    mean, std = latent_statistics(checkpoint, z_dim, published)
     patch = math.isqrt(channels // 4)
     return VAEConfig(
         z_dim=z_dim,
@@ -93,23 +84,3 @@ def vae_config(checkpoint: Checkpoint) -> VAEConfig:
         latents_mean=mean,
         latents_std=std,
     )
-
-
-def _statistics(
-    checkpoint: Checkpoint, base: int, z_dim: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the latents, (z_dim) each."""
-    given = checkpoint.config.get("latents_mean"), checkpoint.config.get("latents_std")
-    if all(given):
-        mean, std = (tuple(map(float, values)) for values in given if values)
-    elif (base, z_dim) == PUBLISHED_VAE:
-        mean, std = LATENTS_MEAN, LATENTS_STD
-    else:
-        raise ValueError(
-            f"a VAE with {z_dim} latent channels that is not the published one needs latents_mean "
-            "and latents_std in its config"
-        )
-    fine = len(mean) == len(std) == z_dim and all(map(math.isfinite, mean + std)) and min(std) > 0
-    if not fine:
-        raise ValueError(f"latents_mean and latents_std must be {z_dim} numbers each, std above 0")
-    return mean, std

@@ -288,7 +288,8 @@ class DiT(nn.Module):
             tokens = block(tokens, modulation, turn, attend)
         # Nobody reads what the last layer makes of a prefix, only its keys and values.
         last = blocks[-1]
-        prefix.keep(*last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn), room)  # pyright: ignore
+        k, v = last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn)
+        prefix.keep(k, v, room)
         return prefix
 
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
