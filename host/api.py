@@ -24,7 +24,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 def add_routes(app: web.Application) -> None:
     """Every route, with and without /api in front."""
-    from . import api_files, api_user
+    from . import api_files, api_templates, api_user
 
     routes = [
         ("GET", "/prompt", prompt_info),
@@ -46,11 +46,13 @@ def add_routes(app: web.Application) -> None:
         ("GET", "/features", features),
         *api_user.ROUTES,
         *api_files.ROUTES,
+        *api_templates.ROUTES,
     ]
     for method, path, handler in routes:
         app.router.add_route(method, path, handler)
         app.router.add_route(method, f"/api{path}", handler)
     app.router.add_get("/ws", socket)
+    api_templates.add_static(app)
     api_files.add_static(app)
 
 

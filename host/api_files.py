@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
 import json
 import re
@@ -16,7 +15,7 @@ from PIL import Image
 from .api_user import read_settings, write_settings
 from .images import FORMATS, PictureError, header, opened, write_new, write_over
 from .paths import KINDS, PathError, annotated, checked_parts, existing, files_below, inside
-from .server import LARGEST_UPLOAD, STATE, BadRequest, State, parse_json
+from .server import LARGEST_UPLOAD, STATE, BadRequest, parse_json
 
 MOST_FIELDS = 16
 LARGEST_FIELD = 16 * 2**10
@@ -248,52 +247,12 @@ async def i18n(request: web.Request) -> web.Response:
     return web.json_response(answer)
 
 
-async def templates(request: web.Request) -> web.Response:
-    folder = request.app[STATE].options.root / "example_workflows"
-    return web.json_response({PACK: sorted(path.stem for path in folder.glob("*.json"))})
-
-
-async def template(request: web.Request) -> web.StreamResponse:
-    if request.match_info["pack"] != PACK:
-        raise web.HTTPNotFound
-    folder, name = request.app[STATE].options.root / "example_workflows", request.match_info["file"]
-    # The page takes no space in ?template=: there, dashes stand for them.
-    names = {path.name.replace(" ", "-"): path.name for path in folder.glob("*.json")}
-    return web.FileResponse(own_file(folder, names.get(name, name)))
-
-
 def own_file(folder: Path, *names: str) -> Path:
     """A file of the pack or the front end. Their links are followed: pip and uv may make some."""
     path = folder.joinpath(*(part for name in names for part in checked_parts(name)))
     if not path.is_file():
         raise FileNotFoundError(path.name)
     return path
-
-
-def blueprints(state: State) -> dict[str, Path]:
-    """Subgraph blueprints by their id."""
-    folder = state.options.root / "subgraphs"
-    return {
-        hashlib.sha256(path.name.encode()).hexdigest(): path
-        for path in sorted(folder.glob("*.json"))
-    }
-
-
-def blueprint(path: Path) -> dict[str, Any]:
-    pack = {"node_pack": f"custom_nodes.{PACK}"}
-    return {"source": "custom_node", "name": path.stem, "info": pack}
-
-
-async def subgraphs(request: web.Request) -> web.Response:
-    found = blueprints(request.app[STATE])
-    return web.json_response({key: blueprint(path) for key, path in found.items()})
-
-
-async def subgraph(request: web.Request) -> web.Response:
-    path = blueprints(request.app[STATE]).get(request.match_info["id"])
-    if path is None:
-        raise web.HTTPNotFound(text="There is no such blueprint.")
-    return web.json_response(blueprint(path) | {"data": path.read_text(encoding="utf-8")})
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -307,7 +266,7 @@ async def index(request: web.Request) -> web.StreamResponse:
         )
     answer: web.StreamResponse = web.FileResponse(page / "index.html")
     if await first_visit(request):
-        address = f"/?template={WELCOME.replace(' ', '-')}&source={PACK}"
+        address = f"/?template={WELCOME.replace(' ', '-')}&source=default"
         answer = web.Response(status=302, headers={"Location": address})
     answer.headers["Cache-Control"] = "no-store"
     answer.set_cookie(
@@ -359,16 +318,9 @@ async def page_file(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(own_file(options.page, name), headers={"Cache-Control": kept})
 
 
-async def core_templates(request: web.Request) -> web.Response:
-    """The list of ComfyUI's own templates, of which this host has none."""
-    logo = request.path.endswith("_logo.json")
-    return web.json_response({} if logo else [])
-
-
 def add_static(app: web.Application) -> None:
     """Routes without /api, the page's last: it takes every name that is left."""
     app.router.add_get("/", index)
-    app.router.add_get(r"/templates/{file:index[\w.-]*\.json}", core_templates)
     app.router.add_get("/extensions/{file:.+}", extension_file)
     app.router.add_get("/{file:.+}", page_file)
 
@@ -380,8 +332,4 @@ ROUTES = [
     ("GET", "/internal/files/{type}", internal_files),
     ("GET", "/extensions", extensions),
     ("GET", "/i18n", i18n),
-    ("GET", "/workflow_templates", templates),
-    ("GET", "/workflow_templates/{pack}/{file}", template),
-    ("GET", "/global_subgraphs", subgraphs),
-    ("GET", "/global_subgraphs/{id}", subgraph),
 ]

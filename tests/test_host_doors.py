@@ -137,7 +137,7 @@ ODD = [
     ("GET", "/api/global_subgraphs/0"), ("GET", "/api/userdata"), ("GET", "/api/userdata?dir=no"),
     ("GET", "/ws"), ("POST", "/api/view"), ("PUT", "/api/prompt"),
     ("GET", "/api/view?filename=%00"),
-    ("GET", "/api/workflow_templates/x/y.json"), ("DELETE", "/api/userdata/none.json"),
+    ("GET", "/templates/y.json"), ("DELETE", "/api/userdata/none.json"),
 ]  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def routes(name: str) -> list[tuple[str, str]]:
         ("DELETE", f"/api/userdata/{n}"),
         ("POST", f"/api/userdata/{n}/move/{n}"), ("POST", f"/api/userdata/{n}?overwrite=true"),
         ("GET", f"/extensions/seedling/{n}"), ("GET", f"/extensions/{n}"), ("GET", f"/{n}"),
-        ("GET", f"/assets/{n}"), ("GET", f"/api/workflow_templates/seedling/{n}"),
+        ("GET", f"/assets/{n}"), ("GET", f"/templates/{n}.json"),
         ("GET", f"/api/models/{n}"), ("GET", f"/api/experiment/models/{n}"),
         ("GET", f"/internal/files/{n}"), ("GET", f"/api/global_subgraphs/{n}"),
         ("GET", f"/templates/{n}"), ("GET", f"/api/jobs/{n}"), ("GET", f"/api/settings/{n}"),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 PERSON = {"Accept": "text/html,application/xhtml+xml"}
-WELCOME = "/?template=Text-to-Image&source=seedling"
+WELCOME = "/?template=Text-to-Image&source=default"
 TUTORIAL = "/api/settings/Comfy.TutorialCompleted"
 needs_page = pytest.mark.skipif(
     not find_spec("comfyui_frontend_package"), reason="comfyui-frontend-package is not installed"
@@ -24,25 +24,27 @@ needs_page = pytest.mark.skipif(
 
 
 def test_templates_are_listed_and_served(host: Any) -> None:
-    assert host.get("/api/workflow_templates")[1] == {"seedling": [p.stem for p in EXAMPLES]}
+    """As "Getting Started", which is what the page shows to somebody new."""
+    (group,) = host.get("/templates/index.json")[1]
+    assert (group["title"], group["isEssential"]) == ("Getting Started", True)
+    assert [each["name"] for each in group["templates"]] == [path.stem for path in EXAMPLES]
+    assert all(len(each["description"]) > 20 for each in group["templates"])
     for path in EXAMPLES:
-        name = path.name.replace(" ", "%20")
-        assert host.ask("GET", f"/api/workflow_templates/seedling/{name}")[2] == path.read_bytes()
-        status, headers, data = host.ask(
-            "GET", f"/api/workflow_templates/seedling/{name.replace('.json', '.jpg')}"
-        )
+        name = path.stem.replace(" ", "%20")
+        assert host.ask("GET", f"/templates/{name}.json")[2] == path.read_bytes()
+        status, headers, data = host.ask("GET", f"/templates/{name}-1.jpg")
         assert (status, headers["content-type"]) == (200, "image/jpeg")
         assert data == path.with_suffix(".jpg").read_bytes()
+    assert host.get("/api/workflow_templates")[1] == {}, "they would be listed twice"
 
 
 def test_dashes_stand_for_spaces_in_a_templates_name(host: Any) -> None:
     """The page's ?template= takes no space."""
     wanted = (ROOT / "example_workflows" / "Text to Image.json").read_bytes()
-    folder = "/api/workflow_templates/seedling"
-    assert host.ask("GET", f"{folder}/Text-to-Image.json")[2] == wanted
-    assert host.get(f"{folder}/Text-to-Nothing.json")[0] == 404
-    assert host.get("/api/workflow_templates/other/Text-to-Image.json")[0] == 404
-    assert host.get(f"{folder}/..%2Fsubgraphs%2F{BLUEPRINTS[0].name.replace(' ', '%20')}")[0] >= 400
+    assert host.ask("GET", "/templates/Text-to-Image.json")[2] == wanted
+    assert host.get("/templates/Text-to-Nothing.json")[0] == 404
+    outside = BLUEPRINTS[0].name.replace(" ", "%20")
+    assert host.get(f"/templates/..%2Fsubgraphs%2F{outside}")[0] >= 400
 
 
 def test_blueprints_are_listed_and_served(host: Any) -> None:

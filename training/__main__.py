@@ -35,6 +35,11 @@ def main() -> None:
         help="of the student's rows; start with text-to-image, the cheapest, to learn to draw",
     )
     parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="train the VAE's decoder on latents that the run's student draws, too",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/scores"), help="where evaluate writes"
     )
     parser.add_argument("--count", type=int, default=500, help="held-out prompts of each kind")
@@ -51,8 +56,12 @@ def main() -> None:
         from .autoencoder import train as train_vae
         from .export import NAME
 
-        exported = options.assets / "vae" / f"{NAME}.safetensors"
-        train_vae(options.run, options.minutes, exported)
+        exported, redraw = options.assets / "vae" / f"{NAME}.safetensors", None
+        if options.redraw:
+            from .redraw import Redrawer
+
+            redraw = Redrawer(options.run)
+        train_vae(options.run, options.minutes, exported, redraw=redraw)
     elif options.stage == "reader":
         from .transformer import read
 
