@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .batch import add_arguments as add_batch_arguments
+from .quantize import add_arguments as add_quantize_arguments
 from .studio import add_arguments as add_studio_arguments
 
 Command = Callable[[argparse.Namespace, list[Path]], int]
@@ -73,6 +74,10 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
             _misused(given, "--recipe shows the recipe of the picture named with --from")
         _say(read_recipe(given.repeat).text())
         return 0
+    if given.earlier and not given.series:
+        _misused(given, "--earlier goes with --set")
+    if given.series and given.repeat:
+        _misused(given, "give --set or --from, not both")
     order = Order(
         prompts=_prompts(given),
         references=tuple(given.reference),
@@ -86,10 +91,15 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         seed=given.seed,
         sampler=given.sampler,
         resolution=given.resolution,
+        variant=given.variant,
+        layers=given.layers,
         count=given.count,
         device=given.device,
         out=given.out,
         sheet=given.sheet,
+        cache=given.cache,
+        series=given.series,
+        earlier=tuple(given.earlier),
     )
     generate(order, saved, _say)
     return 0
@@ -151,6 +161,19 @@ def _models(given: argparse.Namespace, saved: list[Path]) -> int:
     return 0
 
 
+def _doctor(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .doctor import examine
+
+    print(examine(given.comfyui))
+    return 0
+
+
+def _download(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .download import run
+
+    return run(given, _say)
+
+
 def _run(given: argparse.Namespace, saved: list[Path]) -> int:
     from .batch import run
 
@@ -165,6 +188,12 @@ def _studio(given: argparse.Namespace, saved: list[Path]) -> int:
     from .studio import run
 
     return run(given)
+
+
+def _quantize(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .quantize import run
+
+    return run(given, _weights(given), _say)
 
 
 def _weights(given: argparse.Namespace):
@@ -192,6 +221,11 @@ def parser() -> argparse.ArgumentParser:
     add_studio_arguments(studio)
     models = _command(commands, "models", _models, "list the model files that are found")
     _add_comfyui(models)
+    _add_comfyui(_command(commands, "doctor", _doctor, "say what works here and what is missing"))
+    _add_download(commands)
+    quantize = _command(commands, "quantize", _quantize, "make a smaller file of a model")
+    add_quantize_arguments(quantize)
+    _add_weights(quantize.add_argument)
     return top
 
 
@@ -222,14 +256,33 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--sampler", metavar="NAME", help="euler (default) or dpmpp_2m")
     add("--resolution", type=int, metavar="N", help="side of the square whose area references "
         "are brought to; 0 keeps each as large as it is")  # fmt: skip
+    add("--variant", metavar="NAME", help="which model of its family --dit is, where the file does "
+        "not say; a wrong name lists them")  # fmt: skip
+    add("--layers", type=int, metavar="N", help="into how many a model that paints in layers takes "
+        "the picture apart; default: 4")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="a prompt in each line, # for comments")
     add("--out", type=Path, default=Path(), metavar="PATH",
         help="folder, or a new PNG file; default: here, seedling_00001.png and up")  # fmt: skip
+    add("--set", dest="series", choices=("independent", "sequential"), help="the prompts, lines or "
+        "a numbered list, are those of pictures that belong together")  # fmt: skip
+    add("--earlier", action="append", default=[], type=Path, metavar="FILE",
+        help="a finished picture of the set, to go on behind it; repeated")  # fmt: skip
+    add("--cache", default="auto", metavar="SIZE", help="memory for what is read of prompts and "
+        "references, kept from picture to picture: auto (default), off, 6GB, 6GB:int8")  # fmt: skip
     add("--sheet", action="store_true", help="a contact sheet of all pictures too")
     add("--from", dest="repeat", type=Path, metavar="PNG", help="make a picture again, exactly; "
         "other options change what they say")  # fmt: skip
     add("--recipe", action="store_true", help="only show the recipe in the --from picture")
     _add_weights(add)
+
+
+def _add_download(commands: argparse._SubParsersAction) -> None:
+    made = _command(commands, "download", _download, "fetch the files of a published model")
+    add = made.add_argument
+    add("name", nargs="?", metavar="NAME", help="which model; without it, a list of them")
+    add("--accept-licence", action="store_true", help="you accept the licence that is shown; "
+        "otherwise you are asked")  # fmt: skip
+    _add_comfyui(made)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..model_loaders.checkpoint import Checkpoint
+from ..model_loaders.bundle import parts
+from ..model_loaders.checkpoint import Checkpoint, open_checkpoint
 from ..model_loaders.family import Kind
 from ..model_loaders.inspect import Report, inspect
 from ..model_loaders.load import FOLDERS
@@ -30,6 +32,7 @@ COMFYUI: dict[Slot, tuple[str, ...]] = {
     "encoder": ("text_encoders", "clip"),
     "lora": ("loras",),
 }
+CHECKPOINTS = "checkpoints"  # all-in-one files, of which each slot takes its part
 SAMPLES, SAMPLE = 256, 4096  # of a weight file, for its fingerprint
 
 
@@ -53,8 +56,9 @@ class Choice:
 def choose(choice: Choice) -> dict[Kind, Path]:
     """The three files to load. Raises ModelsError.
 
-    Without any word it is the embedded model. A diffusers folder given as --dit brings its VAE and
-    its encoder along; a single file does not, because nothing in it says which ones it needs.
+    Without any word it is the embedded model. A diffusers folder or an all-in-one file given as
+    --dit brings its VAE and its encoder along; another file does not, because nothing in it says
+    which ones it needs.
     """
     given: dict[Kind, str | None] = {kind: choice.get(kind) for kind in KINDS}
     if not any(given.values()):
@@ -66,6 +70,10 @@ def choose(choice: Choice) -> dict[Kind, Path]:
     for kind in KINDS:
         if kind not in found and whole and (whole / FOLDERS[kind]).is_dir():
             found[kind] = whole
+    dit = found.get("dit")
+    if dit and dit.is_file() and len(found) < len(KINDS):
+        for kind in parts(open_checkpoint(dit)):
+            found.setdefault(kind, dit)
     missing = [f"--{kind}" for kind in KINDS if kind not in found]
     if missing:
         words = " and ".join(f"--{kind} {name}" for kind, name in given.items() if name)
@@ -118,20 +126,40 @@ def named(kind: Slot, name: str, comfyui: Path | None = None) -> Path:
     raise ModelsError(f"--{kind} {name} is no file, and nothing in {places} is called so{hint}.")
 
 
+def lora_of(word: str, comfyui: Path | None) -> tuple[Path, float]:
+    """`style.safetensors:0.8` -> the file and 0.8; 1 where no number is said."""
+    name, colon, tail = word.rpartition(":")
+    try:
+        strength = float(tail) if colon and name else None
+    except ValueError:  # of a path with a colon in it
+        strength = None
+    if strength is None or Path(word).exists():
+        name, strength = word, 1.0
+    if not math.isfinite(strength):
+        raise ModelsError(f"--lora {word}: the strength must be a number such as 0.8.")
+    return look_up("lora", name, comfyui), strength
+
+
 def folders(kind: Slot, comfyui: Path | None = None) -> list[Path]:
     """Where files of one kind are looked for. `comfyui` wins over the variable COMFYUI_DIR."""
-    roots = [ASSETS / COMFYUI[kind][0]]
+    roots, models = [ASSETS / COMFYUI[kind][0]], models_folder(comfyui)
+    own = [models / name for name in COMFYUI[kind]] if models else []
+    own += [models / CHECKPOINTS] if models and kind != "lora" else []
+    return roots + [folder for folder in own if folder.is_dir()]
+
+
+def models_folder(comfyui: Path | None = None) -> Path | None:
+    """ComfyUI's models/, if anybody said where ComfyUI is. Raises ModelsError where it is not."""
     place = comfyui or (Path(os.environ["COMFYUI_DIR"]) if os.environ.get("COMFYUI_DIR") else None)
     if place is None:
-        return roots
+        return None
     models = place / "models" if (place / "models").is_dir() else place
-    own = [models / name for name in COMFYUI[kind]]
     if not any((models / name).is_dir() for names in COMFYUI.values() for name in names):
         raise ModelsError(
-            f"{place} is not ComfyUI's folder: it has no models/{COMFYUI[kind][0]}; correct "
+            f"{place} is not ComfyUI's folder: it has no models/diffusion_models; correct "
             f"{'--comfyui' if comfyui else 'COMFYUI_DIR'}."
         )
-    return roots + [folder for folder in own if folder.is_dir()]
+    return models
 
 
 def _named(root: Path, name: str) -> list[Path]:
@@ -156,16 +184,26 @@ def files_in(root: Path) -> list[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         if len(Path(folder).relative_to(root).parts) > 8:  # a link that leads back up
             subfolders.clear()
-        found += [Path(folder) / name for name in names if name.endswith(".safetensors")]
+        found += [Path(folder) / name for name in names if _is_weights(name)]
     return sorted(found)
 
 
+def _is_weights(name: str) -> bool:
+    """Whether a file is a model; vision parts in GGUF come along with their language model."""
+    return name.endswith((".safetensors", ".gguf")) and "mmproj" not in name.lower()
+
+
 def listed(comfyui: Path | None = None) -> Iterator[tuple[Kind, Path, Report]]:
-    """Every weight file that is found by its name, with what it is."""
+    """Every weight file that is found by its name, with what it is.
+
+    Of the files in models/checkpoints only those that have the part: most are for others.
+    """
     for kind in KINDS:
         for root in folders(kind, comfyui):
             for path in files_in(root):
-                yield kind, path, inspect(path)
+                report = inspect(path).part(kind)
+                if root.name != CHECKPOINTS or report.component == kind:
+                    yield kind, path, report
 
 
 def table(comfyui: Path | None = None) -> str:

@@ -1,7 +1,8 @@
-"""One lazy view over a checkpoint: a .safetensors file, or a folder with shards and their index.
+"""One lazy view over a checkpoint: a .safetensors or .gguf file, or a folder of shards.
 
-Opening reads headers and config only. A tensor is either mapped (`Checkpoint.tensor`: no copy,
-pages come from the file when they are touched) or streamed into memory that the caller provides
+Quantized weights are one tensor each, whatever container they come in (`containers`). Opening reads
+headers and config only. A tensor is either mapped (`Checkpoint.tensor`: no copy, pages come from
+the file when they are touched) or streamed into memory that the caller provides
 (`Checkpoint.copy_into`: one small buffer, whatever the dtype and device of the destination).
 """
 
@@ -14,9 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .containers import recognised
+from .gguf import WITH_VISION, read_gguf, vision_beside
+from .header import TORCH_DTYPES, damaged, identity, printable, read_header, shown
 from .header import CheckpointError as CheckpointError  # re-exported: the one error of this module
 from .header import TensorInfo as TensorInfo
-from .header import damaged, identity, printable, read_header, shown
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +28,6 @@ if TYPE_CHECKING:
 INDEX = ".safetensors.index.json"
 MAX_SHARDS = 1000
 CHUNK = 8 << 20  # bytes that are read at a time when tensors are copied
-
-# Names in headers -> torch's.
-TORCH_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
-    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,9 @@ class Checkpoint:
 
     @cached_property
     def bytes(self) -> int:
-        return sum(info.end - info.begin for info in self.names.values())
+        """Of all tensors in the files, each counted once."""
+        infos = (part for info in self.names.values() for part in parts_of(info))
+        return sum({(i.file, i.begin): i.end - i.begin for i in infos}.values())
 
     def view(self, sources: Mapping[str, Source]) -> Checkpoint:
         """The same files under other names. What `sources` does not use keeps its own name."""
@@ -90,9 +86,17 @@ class Checkpoint:
         if source.rows is not None:
             start, stop = source.rows
             row = (info.end - info.begin) // max(info.stored[0], 1)
-            sides = (stop - start, *info.stored[1:])
             begin, end = info.begin + start * row, info.begin + stop * row
-            info = replace(info, shape=sides, stored=sides, begin=begin, end=end, rows=source.rows)
+            if info.form is not None:  # its parts stay whole, and are cut when they are read
+                begin, end = info.begin, info.end
+            info = replace(
+                info,
+                shape=(stop - start, *info.shape[1:]),
+                stored=(stop - start, *info.stored[1:]),
+                begin=begin,
+                end=end,
+                rows=source.rows,
+            )
         if source.last_tap:
             info = replace(info, shape=(*info.shape[:2], *info.shape[3:]), last_tap=True)
         if source.shape is not None:
@@ -101,14 +105,16 @@ class Checkpoint:
 
     def torch_dtype(self, name: str) -> torch.dtype:
         """The dtype in which `name` is stored. Raises CheckpointError where torch has none."""
+        return self.dtype_of(self.names[name])
+
+    def dtype_of(self, info: TensorInfo) -> torch.dtype:
         import torch
 
-        dtype = self.names[name].dtype
-        if dtype not in TORCH_DTYPES:
+        if info.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"{self.name}: {printable(name)} is {dtype}, which cannot be read yet."
+                f"{self.name}: {printable(info.key)} is {info.dtype}, which cannot be read yet."
             )
-        return getattr(torch, TORCH_DTYPES[dtype])
+        return getattr(torch, TORCH_DTYPES[info.dtype])
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored, on the CPU: memory-mapped, so no memory until it is touched.
@@ -117,24 +123,30 @@ class Checkpoint:
         where arithmetic can use it (its dtype's boundary, one run of bytes) is read instead. Raises
         CheckpointError when the file has changed since it was opened.
         """
-        import torch
-        from safetensors import SafetensorError, safe_open
+        return self.mapped(self.names[name])
 
-        info, dtype = self.names[name], self.torch_dtype(name)
+    def mapped(self, info: TensorInfo) -> Tensor:
+        """As `tensor`, of any tensor of these files."""
+        import torch
+
+        dtype = self.dtype_of(info)
         if (info.last_tap and info.stored[2] > 1) or info.begin % dtype.itemsize:
             out = torch.empty(info.shape, dtype=dtype)
-            self.copy_into(name, out)
+            self.stream(info, out)
             return out
         self._check_unchanged(info.file)
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=dtype)
         try:
             if info.file not in self._handles:
-                self._handles[info.file] = safe_open(str(info.file), framework="pt")
-            tensor = self._handles[info.file].get_tensor(info.key)
-        except (SafetensorError, OSError) as error:
+                size = self._identities[info.file][0]
+                self._handles[info.file] = torch.from_file(
+                    str(info.file), shared=False, size=size, dtype=torch.uint8
+                )
+        except (RuntimeError, OSError) as error:
             where = f"{shown(info.file)}: {printable(info.key)}"
             raise CheckpointError(f"{where} cannot be read: {error}.") from error
-        if info.rows is not None:
-            tensor = tensor[info.rows[0] : info.rows[1]]
+        tensor = self._handles[info.file][info.begin : info.end].view(dtype).view(info.stored)
         return (tensor[:, :, -1] if info.last_tap else tensor).view(info.shape)
 
     def copy_into(self, name: str, out: Tensor, buffer: Tensor | None = None) -> None:
@@ -144,8 +156,12 @@ class Checkpoint:
         tensors gives one `staging_buffer` to all: buffers that come and go leave holes in the heap.
         Raises CheckpointError when the file has changed since it was opened.
         """
-        info, dtype = self.names[name], self.torch_dtype(name)
-        assert out.shape == info.shape, f"{name}: {tuple(out.shape)} is not {info.shape}"
+        self.stream(self.names[name], out, buffer)
+
+    def stream(self, info: TensorInfo, out: Tensor, buffer: Tensor | None = None) -> None:
+        """As `copy_into`, of any tensor of these files."""
+        dtype = self.dtype_of(info)
+        assert out.shape == info.shape, f"{info.key}: {tuple(out.shape)} is not {info.shape}"
         self._check_unchanged(info.file)
         if info.numel == 0:
             return
@@ -177,6 +193,13 @@ class Checkpoint:
             raise CheckpointError(f"{shown(file)} has changed since it was opened; open it again.")
 
 
+def parts_of(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    """The tensors in files that make up this one."""
+    if info.form is None:
+        return (info,)
+    return tuple(part for own in info.form.parts.values() for part in parts_of(own))
+
+
 def staging_buffer(device: torch.device, size: int = CHUNK) -> Tensor:
     """Memory for `Checkpoint.copy_into` on the way to `device`."""
     import torch
@@ -195,7 +218,10 @@ def _read_all(file: Any, window: memoryview) -> bool:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a .safetensors file, or a folder with one component's shards. Raises CheckpointError."""
+    """Open a .safetensors or .gguf file, or a folder with one component's shards.
+
+    A language model in GGUF brings the vision part beside it along. Raises CheckpointError.
+    """
     path = Path(path)
     try:
         is_folder = path.is_dir()
@@ -204,6 +230,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path} does not exist; check the path.") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise CheckpointError(f"{printable(str(path))} cannot be opened: {error}.") from None
+    if not is_folder and path.suffix == ".gguf":
+        return _open_gguf(path)
     if not is_folder:
         return _assemble(path, [path], {})
     index = _index_of(path)
@@ -234,7 +262,28 @@ def _assemble(path: Path, files: Iterable[Path], config: dict[str, Any]) -> Chec
         identities[file] = header.identity
     if not names:
         raise damaged(path, "holds no tensors")
+    names = recognised(path, names, metadata)
     return Checkpoint(path, names, metadata, config or _config_inside(path, metadata), identities)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header = read_gguf(path)
+    names, identities = dict(header.names), {path: header.identity}
+    config = _config_inside(path, header.metadata)
+    if header.metadata.get("general.architecture") in WITH_VISION:
+        beside = vision_beside(path)
+        if beside is None:
+            raise CheckpointError(
+                f"{shown(path)} is a language model without its vision part; put the *mmproj*.gguf "
+                "file of the same model into its folder."
+            )
+        vision = read_gguf(beside)
+        names |= vision.names
+        identities[beside] = vision.identity
+        config |= _config_inside(beside, vision.metadata)
+    if not names:
+        raise damaged(path, "holds no tensors")
+    return Checkpoint(path, names, header.metadata, config, identities)
 
 
 def _index_of(folder: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,21 +17,9 @@ if TYPE_CHECKING:
 LISTED = 10  # names in one message
 MAX_TENSORS = 20_000  # ten times the largest model; a hostile header is not built into a module
 PLAIN = ("F64", "F32", "F16", "BF16")
-# Dtypes that only quantized weights have, as people call them.
-NARROW = {
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "I8": "int8", "U8": "uint8", "F6_E2M3": "fp6",
-    "F6_E3M2": "fp6", "F4": "fp4",
-}  # fmt: skip
 # What a config or a constructor raises when a header or its config does not add up.
 UNFIT = (
     KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-)  # fmt: skip
-# Endings of tensors that come with a quantized weight and are no parameters of the network.
-SIDE = (
-    ".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale",
-    ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".scale_weight", ".scale_input",
-    "scaled_fp8",
 )  # fmt: skip
 
 
@@ -120,58 +107,17 @@ def unknown(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.name} is no model that Seedling knows (it holds {some})"
 
 
-def quantization(checkpoint: Checkpoint) -> str | None:
-    """How the weights are quantized, None when they are plain floating-point numbers."""
-    names = checkpoint.names
-    for name, info in names.items():
-        if name.endswith(".comfy_quant"):
-            return _marker(checkpoint, name, info)
-    if "_quantization_metadata" in checkpoint.metadata:
-        return "comfy_quant"
-    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
-        return "scaled_fp8"
-    if any(name.endswith((".qweight", ".wscales")) for name in names):
-        return "svdquant" if any(name.endswith(".wscales") for name in names) else "packed"
-    for name, info in names.items():
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype in NARROW:
-            return NARROW[info.dtype]
-    return None
-
-
-def _marker(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str:
-    """The format in ComfyUI's per-layer marker: a few bytes of JSON as a uint8 tensor."""
-    if info.dtype != "U8" or info.numel > 4096:
-        return "comfy_quant"
-    try:
-        content = json.loads(bytes(checkpoint.tensor(name).flatten().tolist()).decode("utf-8"))
-    except (ValueError, RecursionError):
-        return "comfy_quant"
-    form = content.get("format") if isinstance(content, dict) else None
-    return printable(form) if isinstance(form, str) else "comfy_quant"
-
-
 def parameters(names: Mapping[str, TensorInfo]) -> int:
-    """Number of parameters, without scales and markers. Two 4-bit weights in a byte are one."""
-    return sum(info.numel for name, info in names.items() if not name.endswith(SIDE))
+    """Number of parameters, however many bits each has."""
+    return sum(info.numel for info in names.values())
 
 
 def main_dtype(names: Mapping[str, TensorInfo]) -> str:
-    """The dtype, as in headers, that most of the elements have."""
+    """The dtype, as in headers, that most of the elements have; a format's name if quantized."""
     total: dict[str, int] = {}
-    for name, info in names.items():
-        if not name.endswith(SIDE):
-            total[info.dtype] = total.get(info.dtype, 0) + info.numel
+    for info in names.values():
+        total[info.dtype] = total.get(info.dtype, 0) + info.numel
     return max(total, key=lambda dtype: total[dtype]) if total else "F32"
-
-
-def refuse_quantized(found: Found) -> None:
-    form = quantization(found.checkpoint)
-    if form:
-        raise CheckpointError(
-            f"{found.checkpoint.name} is quantized ({form}), which is not readable yet: it needs "
-            "layers for that format; use the bf16 or fp32 file, for example "
-            f"{found.component.example}."
-        )
 
 
 def config_of(found: Found) -> Any:
@@ -225,7 +171,7 @@ def compare(found: Found, module: nn.Module) -> Differences:
             wrong.append(f"{printable(key)}: missing, expected {shape}")
         elif info.shape != shape:
             wrong.append(f"{printable(key)}: found {info.shape}, expected {shape}")
-        elif info.dtype not in PLAIN:
+        elif info.dtype not in PLAIN and info.form is None:
             wrong.append(f"{printable(key)}: found {info.dtype}, expected floating-point numbers")
     extra = [printable(key) for key in names if key not in expected and key not in unused]
     return Differences(tuple(wrong), tuple(extra))

@@ -6,14 +6,20 @@ A family is one architecture with everything that makes its pictures right. It i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .checkpoint import Checkpoint, Source, TensorInfo
+    from .layers import Store
 
 Kind = Literal["dit", "vae", "encoder"]
 
@@ -33,6 +39,35 @@ class Licence:
     url: str
     commercial: bool
     notice: str
+
+
+APACHE = Licence(
+    "Apache-2.0", "", commercial=True, notice="Free for any use, with its notice kept."
+)
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of a repository on the Hugging Face Hub, and where under models/ it belongs."""
+
+    folder: str  # ComfyUI's name
+    repository: str
+    path: str
+    own_name: str = ""  # where it is to be called otherwise than there
+
+    @property
+    def name(self) -> str:
+        return self.own_name or self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Published files that make a model complete, under a name that people can type."""
+
+    name: str
+    title: str
+    licence: Licence
+    files: tuple[PublishedFile, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +119,8 @@ class Component:
     up). `unused` are published tensors that the network does not need. `finish` turns the loaded
     module into what callers work with (an encoder with its tokenizer), given the path it came from.
     `published` are the configs of published networks by their names: a LoRA is recognised by the
-    one that it fits.
+    one that it fits. `lent` matches the paths of layers that work only before a run: their weights
+    stay in the file, and the network's `each` (what `Lender.each` replaces) gives them in passing.
     """
 
     kind: Kind
@@ -95,6 +131,7 @@ class Component:
     unused: tuple[str, ...] = ()
     finish: Callable[..., Any] | None = None
     published: Callable[[], Mapping[str, Any]] | None = None
+    lent: re.Pattern[str] | None = None
 
     def layout(self, names: Mapping[str, TensorInfo]) -> Layout | None:
         """The layout these names are in, None when this is another kind of file."""
@@ -111,8 +148,9 @@ class Family:
     `step`: sides of pictures are multiples of it, in pixels; `pixels_per_token`: side of the square
     that one token of the DiT covers. `reference_size(width, height, area)` is the size a reference
     is brought to, `resize(image, size)` does it. `prefix(dit, encoder, prompt, images, latents,
-    room=, dtype=)` is what `dit(x, t, prefix)` reads at every step. `check(dit, vae, encoder)`
-    raises CheckpointError when loaded components do not fit each other.
+    room=, dtype=, store=)` is what `dit(x, t, prefix)` reads at every step; `store`, a
+    `layers.Store`, knows what of it stays true in other runs. `check(dit, vae, encoder)` raises
+    CheckpointError when loaded components do not fit each other.
 
     `pixels_per_latent`: side of the square that one latent covers. `pads`: a reference that keeps
     its own size (area 0) is padded to whole steps, never resized, and the picture is as large as
@@ -123,7 +161,8 @@ class Family:
     `accepts(dit, count)` raises CheckpointError for so many references that it cannot take.
     `frames(dit, layers)` latents are painted together, as a batch; all but the first of several
     are pictures. `modulations(dit, sigmas, dtype)` is what depends on a step's sigma alone, one
-    for each; `dit(x, t, prefix, one)` then does not compute it.
+    for each; `dit(x, t, prefix, one)` then does not compute it. `offers` are its published models
+    as they can be downloaded.
     """
 
     name: str
@@ -148,6 +187,7 @@ class Family:
     accepts: Callable[[Any, int], None] | None = None
     frames: Callable[[Any, int], int] | None = None
     modulations: Callable[[Any, Sequence[float], Any], Sequence[Any]] | None = None
+    offers: tuple[Offer, ...] = ()
 
     @property
     def latents_per_token(self) -> int:
@@ -155,3 +195,49 @@ class Family:
 
     def component(self, kind: Kind) -> Component | None:
         return next((c for c in self.components if c.kind == kind), None)
+
+
+# ---- what families say in the same way ---------------------------------------------------------
+
+
+def later(package: str, module: str, name: str) -> Callable[..., Any]:
+    """The function, class or method `name` of `module` of `package`, imported at its first call.
+
+    A family is looked at in every start, its networks only when one is loaded.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return attrgetter(name)(import_module(module, package))(*args, **kwargs)
+
+    return call
+
+
+def with_tokenizer(package: str, tokenizer: str) -> Callable[..., Any]:
+    """A `finish`: the `Encoder` of `package.encoder` over the network and its tokenizer.
+
+    `tokenizer` is the class in `package.templates` that knows the prompts.
+    """
+
+    def finish(module: Any, path: Path, tokenizer_paths: Sequence[Path | str] = ()) -> Any:
+        from .tokenizers import find_tokenizer
+
+        make = later(package, ".templates", tokenizer)
+        found = find_tokenizer(make, path, module.config.vocab_size, tokenizer_paths)
+        return later(package, ".encoder", "Encoder")(module, found)
+
+    return finish
+
+
+def by_schedule(dit: Any, sigmas: Sequence[float], dtype: Any) -> Sequence[Any]:
+    """The `modulations` of a network that has them as a method."""
+    return dit.modulations(sigmas, dtype)
+
+
+def read_once(
+    store: Store | None, encoder: Any, prompt: str, images: Sequence[Tensor], **how: Any
+) -> Any:
+    """What an encoder makes of a prompt with its references, which `store` may know already."""
+    compute = partial(encoder.encode, prompt, images, **how)
+    if store is None:
+        return compute()
+    return store.recall("prompts", encoder, (prompt, sorted(how.items()), *images), compute)

@@ -11,7 +11,7 @@ import json
 import math
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,31 @@ DTYPES: dict[str, int] = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+# Names in headers -> torch's.
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
+}  # fmt: skip
+
 
 class CheckpointError(ValueError):
     """A file that cannot be used. The message is for the user and names the file."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is quantized: the format as files call it, its settings, and its tensors.
+
+    `parts` are the tensors as they are stored, "weight" and what belongs to it, for all `out` rows.
+    """
+
+    format: str
+    parts: Mapping[str, TensorInfo]
+    out: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,9 @@ class TensorInfo:
     Stored are `stored` elements of `dtype` in the bytes [begin, end) of `file`, named `key` there.
     The tensor itself is all of them, or the rows `rows` of the first axis (already taken out of
     `stored`, `begin` and `end`), or the last index of the third axis where `last_tap` is set.
+
+    With a `form` it is quantized: `dtype` is then the format's name, `shape` that of the weight,
+    and what is stored is in the form's parts.
     """
 
     dtype: str
@@ -50,6 +75,7 @@ class TensorInfo:
     stored: tuple[int, ...]
     rows: tuple[int, int] | None = None
     last_tap: bool = False
+    form: Form | None = None
 
     @property
     def numel(self) -> int:
@@ -145,7 +171,7 @@ def _other_format(head: bytes) -> str | None:
     if head.startswith(b"\x1f\x8b"):
         return "is compressed (gzip); unpack it first."
     if head.startswith(b"GGUF"):
-        return "is a GGUF file, which is not readable yet; use the bf16 or fp32 .safetensors file."
+        return "is a GGUF file by another name; rename it to end in .gguf."
     return None
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..quant.operations import TORCH
+from .bundle import parts
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .detection import (
-    NARROW,
     Found,
     compare,
     config_of,
@@ -17,9 +17,7 @@ from .detection import (
     main_dtype,
     noun,
     parameters,
-    quantization,
     refuse_differences,
-    refuse_quantized,
     schedule_of,
     table_of,
     unknown,
@@ -27,8 +25,9 @@ from .detection import (
     variant_note,
 )
 from .families import FAMILIES
-from .family import Licence
+from .family import TITLES, Licence
 from .lora import is_lora, open_lora, recognise, some
+from .quantized import check_formats, quantization
 
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -55,10 +54,15 @@ class Report:
     notice: str | None = None
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    parts: tuple[Report, ...] = ()  # of an all-in-one checkpoint, which has no component itself
 
     @property
     def usable(self) -> bool:
-        return not self.problems
+        return not self.problems and all(part.usable for part in self.parts)
+
+    def part(self, kind: str) -> Report:
+        """What is told of the part of a kind; of the file itself where it has no parts."""
+        return next((part for part in self.parts if part.component == kind), self)
 
     @property
     def exit_code(self) -> int:
@@ -71,6 +75,12 @@ class Report:
     def words(self) -> str:
         """A few lines for people; the last ones are the problems."""
         lines = [self.file]
+        if self.parts:
+            kinds = ", ".join(TITLES[part.component or ""] for part in self.parts)
+            lines.append(f"  All in one, each loader takes its part: {kinds}")
+            return "\n".join(
+                lines + [line for p in self.parts for line in p.words().split("\n")[1:]]
+            )
         if self.component:
             known = f"{self.title} ({self.family})" if self.family else "Unknown family"
             lines.append(f"  {known}: {noun(self.component)}")
@@ -106,13 +116,23 @@ def inspect(path: Path | str) -> Report:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
-        form = "gguf" if _is_gguf(Path(path)) else None
-        return replace(report, quantization=form, problems=(str(error),))
+        return replace(report, problems=(str(error),))
     report = _numbers(report, checkpoint)
     try:
         if is_lora(checkpoint.names):
             report = replace(report, component="lora")
             return _lora(report)
+        if own := parts(checkpoint):
+            return replace(report, parts=tuple(_of(str(path), part) for part in own.values()))
+        return _of(str(path), checkpoint)
+    except CheckpointError as error:
+        return replace(report, problems=(str(error),))
+
+
+def _of(file: str, checkpoint: Checkpoint) -> Report:
+    """The report of one component."""
+    report = _numbers(Report(file=file), checkpoint)
+    try:
         found = detect(checkpoint)
         if found is None:
             known = ", ".join(family.title for family in FAMILIES)
@@ -127,7 +147,7 @@ def _numbers(report: Report, checkpoint: Checkpoint) -> Report:
     return replace(
         report,
         parameters=parameters(checkpoint.names),
-        dtype=SHORT.get(dtype) or NARROW.get(dtype) or dtype.lower(),
+        dtype=SHORT.get(dtype) or dtype,
         quantization=quantization(checkpoint),
         bytes=checkpoint.bytes,
     )
@@ -164,7 +184,7 @@ def _component(report: Report, found: Found) -> Report:
         if kind == "dit":
             schedule = schedule_of(found)
             report = replace(report, variant=schedule.name, reason=schedule.reason)
-        refuse_quantized(found)
+        check_formats(found.checkpoint)
         differences = compare(found, table_of(found, config_of(found), TORCH))
         report = replace(report, notes=(*variant_note(found), *unused_note(differences)))
         refuse_differences(found, differences)
@@ -177,13 +197,6 @@ def _terms(report: Report, licence: Licence) -> Report:
     return replace(
         report, licence=licence.name, commercial=licence.commercial, notice=licence.notice
     )
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _ends(numbers: tuple[int, ...]) -> tuple[int, ...]:

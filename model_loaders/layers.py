@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant.operations import Operations
+
+WORDS = 64  # tokens of text in a block: from the one with the first new word on, all are computed
+
+# (layer, k, v) of tokens (B, heads, tokens, head_dim) -> those of all tokens up to these.
+See: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of prefix tokens that go through a network together.
+
+    `content`, tensors, numbers and words, decides their keys and values, together with the blocks
+    before it and the weights. `compute` runs them through all layers; in each it hands its keys and
+    values to `See`, once, and reads what that returns. What `compute` returns is kept too.
+    """
+
+    tokens: int
+    content: tuple[Any, ...]
+    compute: Callable[[See], Tensor | None]
+
+
+class Store(Protocol):
+    """Keeps what was computed for as long as it likes; `sampling/prefix_store.py` is one.
+
+    `owner` is the network that computes, `kind` a word for the user.
+    """
+
+    def keep(self, kind: str, owner: Any, blocks: Sequence[Block], room: int) -> KeptKeys:
+        """Keys and values of these blocks, computed from the first one on that is not known."""
+        ...
+
+    def recall(
+        self, kind: str, owner: Any, content: tuple[Any, ...], compute: Callable[[], Any]
+    ) -> Any:
+        """What `compute` returns, tensors in tuples or lists, for this content."""
+        ...
 
 
 @dataclass
@@ -18,18 +56,23 @@ class KeptKeys:
 
     `keys[layer]`, `values[layer]`: (B, heads, length + room, head_dim), keys after rotation. The
     room behind `length` is scratch space where a step writes its own keys and values, so that
-    attention reads one buffer and nothing is concatenated.
+    attention reads one buffer and nothing is concatenated. `outputs` are what blocks returned.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int
+    outputs: tuple[Tensor | None, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes that are kept, without the scratch room."""
         k = self.keys[0]
         return 2 * len(self.keys) * k[:, :, : self.length].numel() * k.element_size()
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The buffers of one layer."""
+        return self.keys[index], self.values[index]
 
     def keep(self, k: Tensor, v: Tensor, room: int) -> None:
         """Add a layer: k and v (B, heads, length, head_dim)."""
@@ -49,7 +92,7 @@ class KeptKeys:
 
         What is kept has batch B, or fewer: then many share it, in turn.
         """
-        keys, values, start = self.keys[layer], self.values[layer], self.length
+        (keys, values), start = self.layer(layer), self.length
         end = start + k.shape[2]
         if torch.is_grad_enabled():  # training: buffers are not written in place
             shared = (-1 if keys.shape[0] == k.shape[0] else k.shape[0], -1, -1, -1)
@@ -64,6 +107,29 @@ class KeptKeys:
                 F.scaled_dot_product_attention(q[part], keys[:, :, :end], values[:, :, :end])
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def computed(blocks: Sequence[Block], room: int) -> KeptKeys:
+    """Keys and values of blocks, one after the other: what a store gives that keeps nothing.
+
+    With gradients there must be one block only.
+    """
+    kept = KeptKeys([], [], 0)
+    whole = sum(block.tokens for block in blocks) + room
+
+    def see(start: int, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer == len(kept.keys):
+            kept.keep(k, v, whole - k.shape[2])
+            return k, v
+        end = start + k.shape[2]
+        keys, values = kept.layer(layer)
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+    for block in blocks:
+        output = block.compute(partial(see, kept.length))
+        kept.length, kept.outputs = kept.length + block.tokens, (*kept.outputs, output)
+    return kept
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:
@@ -92,3 +158,14 @@ def replace_layers(
                 new = operations.RMSNorm(width, eps=eps, **place)
             if new is not None:
                 setattr(parent, name, new)
+
+
+def make_tables(device: torch.device | str | None, *places: tuple[Any, str]) -> None:
+    """Make rotary tables of transformers' networks anew: (network, attribute) each.
+
+    No file holds them, so they are real even while the weights are still on "meta".
+    """
+    real = torch.device(device or "cpu")
+    with torch.device("cpu") if real.type == "meta" else real:
+        for network, name in places:
+            setattr(network, name, type(getattr(network, name))(network.config))

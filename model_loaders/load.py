@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ..quant.operations import TORCH, Operations, has_bf16_products, widened
+from .bundle import part
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint, staging_buffer
 from .detection import (
+    PLAIN,
     Found,
     compare,
     config_of,
@@ -20,7 +22,6 @@ from .detection import (
     main_dtype,
     noun,
     refuse_differences,
-    refuse_quantized,
     schedule_of,
     table_of,
     unknown,
@@ -29,7 +30,9 @@ from .detection import (
     what_fits,
 )
 from .family import TITLES, Family, Kind, Licence, Schedule
+from .lending import Lender
 from .lora import is_lora
+from .quantized import check_formats, formats, hold, quantization_note, state_of, written_out
 
 # The folder of each component in a diffusers pipeline.
 FOLDERS: dict[Kind, str] = {"dit": "transformer", "vae": "vae", "encoder": "text_encoder"}
@@ -111,14 +114,19 @@ def _load(
     **finish: Any,
 ) -> Loaded:
     kind, device = found.component.kind, torch.device(device)
-    config = config_of(found)
-    stored = getattr(torch, _TORCH_NAMES[main_dtype(found.checkpoint.names)])
-    operations, dtype = _precision(kind, operations, dtype, device, stored)
+    config, own = config_of(found), operations is None
+    quantized = dtype is None and bool(formats(found.checkpoint))
+    stored = plain_dtype(found.checkpoint)
+    if quantized and device.type != "cpu":
+        dtype = arithmetic(device)
+    operations, dtype = _precision(kind, operations, dtype, device, stored, quantized)
     module = table_of(found, config, operations, dtype)
     differences = compare(found, module)
     refuse_differences(found, differences)
     schedule = schedule_of(found) if kind == "dit" else None
-    fill(module, found.checkpoint, dtype, device)
+    lender = Lender(module, found.component, found.checkpoint, dtype, device) if own else None
+    fill(module, found.checkpoint, dtype, device, quantized)
+    lent = lender.into(module) if lender else ()
     ready: Any = module
     if found.component.finish is not None:
         ready = found.component.finish(module, found.checkpoint.path, **finish)
@@ -132,7 +140,13 @@ def _load(
         checkpoint=found.checkpoint,
         layout=found.layout.name,
         dtype=dtype or stored,
-        notes=(*variant_note(found), *unused_note(differences), *precision_note(operations)),
+        notes=(
+            *variant_note(found),
+            *unused_note(differences),
+            *lent,
+            *precision_note(operations),
+            *quantization_note(module, found.checkpoint),
+        ),
     )
 
 
@@ -145,7 +159,18 @@ def precision_note(operations: Operations) -> tuple[str, ...]:
     )
 
 
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+def plain_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most numbers that are not quantized; fp32 where all are."""
+    plain = {name: info for name, info in checkpoint.names.items() if info.dtype in PLAIN}
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return getattr(torch, names[main_dtype(plain)])
+
+
+def arithmetic(device: torch.device) -> torch.dtype:
+    """What a card computes in: bf16, where it has that."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
 
 
 def find(kind: Kind, path: Path | str, variant: str | None = None) -> Found:
@@ -156,7 +181,7 @@ def find(kind: Kind, path: Path | str, variant: str | None = None) -> Found:
     checkpoint = open_checkpoint(path)
     if is_lora(checkpoint.names):
         raise CheckpointError(f"{checkpoint.name} is a LoRA, not a whole model; {what_fits(kind)}.")
-    found = detect(checkpoint, variant)
+    found = detect(part(checkpoint, kind), variant)
     if found is None:
         raise CheckpointError(f"{unknown(checkpoint)}; {what_fits(kind)}.")
     if found.component.kind != kind:
@@ -164,7 +189,7 @@ def find(kind: Kind, path: Path | str, variant: str | None = None) -> Found:
             f"{checkpoint.name} is {TITLES[found.component.kind]} ({found.family.name}), but was "
             f"given as {noun(kind)}; {what_fits(kind)}."
         )
-    refuse_quantized(found)
+    check_formats(found.checkpoint)
     return found
 
 
@@ -174,6 +199,7 @@ def _precision(
     dtype: torch.dtype | None,
     device: torch.device,
     stored: torch.dtype,
+    quantized: bool = False,
 ) -> tuple[Operations, torch.dtype | None]:
     """The layers, and the dtype of all weights (None: each as it is stored)."""
     on_cpu = device.type == "cpu"
@@ -181,7 +207,7 @@ def _precision(
         dtype = torch.bfloat16 if (kind, stored) == ("vae", torch.float16) else stored
     if dtype is None and stored == torch.float64:
         dtype = torch.float32
-    narrow = (dtype or stored).itemsize < 4
+    narrow = (dtype or stored).itemsize < 4 or quantized
     if operations is None:
         fast = dtype == torch.bfloat16 and has_bf16_products()
         operations = widened(narrow=fast) if on_cpu and narrow else TORCH
@@ -191,16 +217,26 @@ def _precision(
 
 
 def fill(
-    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    quantized: bool = False,
 ) -> None:
     """Give a module on the meta device its weights, on `device`, in `dtype` or as they are stored.
 
     Weights that stay as they are on the CPU are mapped from the file: no copy. All others are
     streamed to where they belong through a small buffer. There is never a second copy of the model.
+    Where `quantized`, layers keep quantized weights as they are stored; else these are written out.
     """
+    if quantized:
+        hold(module, checkpoint, dtype or torch.float32, device)
     weights: dict[str, torch.Tensor] = {}
     buffer: torch.Tensor | None = None
-    for key in module.state_dict():
+    for key in state_of(module):
+        if checkpoint.names[key].form is not None:
+            weights[key] = written_out(checkpoint, key, dtype or torch.float32, device)
+            continue
         stored = checkpoint.torch_dtype(key)
         want = dtype or stored
         if device.type == "cpu" and want == stored:
@@ -209,6 +245,7 @@ def fill(
             buffer = staging_buffer(device) if buffer is None else buffer
             weights[key] = torch.empty(checkpoint.names[key].shape, dtype=want, device=device)
             checkpoint.copy_into(key, weights[key], buffer)
-    module.load_state_dict(weights, strict=True, assign=True)
+    missing, _ = module.load_state_dict(weights, strict=False, assign=True)
+    assert not {*missing} & {*state_of(module)}
     module.requires_grad_(False).eval()
     module.to(device)  # tables that no file holds; the weights are there already

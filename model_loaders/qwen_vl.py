@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,3 +84,11 @@ def positions(slots: Tensor, grids: Sequence[Grid]) -> Tensor:
             start += size
         rows.append(torch.cat(parts, dim=1))
     return torch.stack(rows, dim=1).to(slots.device)
+
+
+def published_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Text and vision part of a config.json, of transformers 4 (text at its top) or 5."""
+    text = {**config, **(config.get("text_config") or {})}
+    rope = text.get("rope_parameters") or {}
+    text |= {key: rope[key] for key in ("rope_theta",) if key in rope}
+    return text, dict(config.get("vision_config") or {})

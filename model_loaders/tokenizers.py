@@ -64,6 +64,14 @@ class PromptTokenizer:
                 f"contain them; use tokenizer.json as {self.owner} was published with it."
             )
 
+    def must_fit(self, vocab_size: int) -> None:
+        """Raise TokenizerError where an encoder with so many tokens is another model's."""
+        if self.size > vocab_size:
+            raise TokenizerError(
+                f"The tokenizer has {self.size} tokens, the text encoder {vocab_size}: they do not "
+                "belong together; use the tokenizer that was published with the encoder."
+            )
+
     def text(self, text: str) -> list[int]:
         """Token ids of text between two control tokens. Raises PromptError for half characters."""
         try:

@@ -7,8 +7,9 @@ A family adds its stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .strips import Stage, Whole, run_in_strips, run_whole, work_of
 
 Run = Callable[[list[Stage], Tensor], Tensor]
 MEMORY = 1 << 30  # bytes of activations above which pictures are done in strips
+SCORES = 1 << 28  # of attention that may be there at once: all of them up to 2048 x 2048 pixels
 
 
 class VAEError(ValueError):
@@ -73,7 +75,9 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, 1, h * w, 3 * c)
         q, k, v = qkv.chunk(3, dim=3)
-        y = F.scaled_dot_product_attention(q, k, v)
+        # Not every kernel goes without the scores: a few rows of them at a time, above 2K.
+        rows = max(1, SCORES // (h * w))
+        y = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, 2)], 2)
         return self.proj(y.view(b, h, w, c).permute(0, 3, 1, 2)).add_(x)
 
 
@@ -110,6 +114,82 @@ class Resample(nn.Module):
         return layers.up(conv, x) if self.up else layers.down(conv, x)
 
 
+class DownPath(nn.Module):
+    """An encoder: (B, channels, H, W) -> (B, 2 z_dim, H / f, W / f), mean and log variance.
+
+    `blocks` are published as one list; `cuts` are the parts of it that run as stages, each with a
+    method `stage`, by default every block.
+    """
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], z_dim: int, blocks: Iterable[nn.Module],
+        ops: Operations, **kw: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.channels = channels
+        self.conv_in = ops.Conv2d(channels, widths[0], 3, padding=1, **kw)
+        self.down_blocks = nn.ModuleList(blocks)
+        self.cuts: list[Any] = list(self.down_blocks)
+        self.mid_block = MidBlock(widths[-1], ops, **kw)
+        self.norm_out = PixelNorm(widths[-1], 3, **kw)
+        self.conv_out = ops.Conv2d(widths[-1], z_dim * 2, 3, padding=1, **kw)
+
+    def stages(self) -> list[Stage]:
+        """What runs before the attention, and can run in strips."""
+        first, *stages = (cut.stage() for cut in self.cuts)
+        thin = min(first.thin, self.channels)
+        return [replace(first, run=self._start, lag=first.lag + 1, thin=thin), *stages]
+
+    def _start(self, x: Tensor, layers: Whole) -> Tensor:
+        return self.cuts[0](layers.conv(self.conv_in, x), layers)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        x = self.mid_block(run(self.stages(), x))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+
+
+class UpPath(nn.Module):
+    """A decoder: (B, z_dim, h, w) -> (B, channels, h f, w f)."""
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], z_dim: int, blocks: Iterable[nn.Module],
+        ops: Operations, **kw: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv_in = ops.Conv2d(z_dim, widths[0], 3, padding=1, **kw)
+        self.mid_block = MidBlock(widths[0], ops, **kw)
+        self.up_blocks = nn.ModuleList(blocks)
+        self.norm_out = PixelNorm(widths[-1], 3, **kw)
+        self.conv_out = ops.Conv2d(widths[-1], channels, 3, padding=1, **kw)
+
+    def stages(self) -> list[Stage]:
+        """What runs after the attention, and can run in strips."""
+        *stages, last = (block.stage() for block in cast("Iterable[Any]", self.up_blocks))
+        return [*stages, replace(last, run=self._finish, lag=last.lag + 1)]
+
+    def _finish(self, x: Tensor, layers: Whole) -> Tensor:
+        x = self.up_blocks[-1](x, layers)
+        return layers.conv(self.conv_out, F.silu(self.norm_out(x), inplace=True))
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        return run(self.stages(), self.mid_block(self.conv_in(x)))
+
+
+def check_lengths(config: Any) -> None:
+    """That a config has values for all of its stages and latents. Raises VAEError."""
+    stages, halvings = len(config.dim_mult), len(config.temporal_downsample)
+    if halvings != stages - 1:
+        raise VAEError(
+            f"A VAE of {stages} stages needs {stages - 1} values of temporal_downsample, "
+            f"but was given {halvings}."
+        )
+    if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
+        raise VAEError(
+            f"A VAE of {config.z_dim} latent channels needs as many values of latents_mean and "
+            f"latents_std, but was given {len(config.latents_mean)} and {len(config.latents_std)}."
+        )
+
+
 def fold(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, C p p, H / p, W / p); within a channel x runs before y."""
     return F.pixel_unshuffle(x.mT, patch).mT if patch > 1 else x
@@ -124,28 +204,31 @@ class WanVAE(nn.Module):
     """Pictures (B, 3 or 4, H, W) in -1..1, alpha last, to and from normalised latents.
 
     `config` has in_channels, z_dim, factor (pixels per latent), patch (side of the pixel blocks
-    that are folded into channels first), latents_mean and latents_std. `encoder(x, run)` and
-    `decoder(x, run)` are networks of stages, which `run` runs, whole or in strips.
+    that are folded into channels first), latents_mean and latents_std. A family says what its
+    `Config`, `Encoder` and `Decoder` are: networks of stages, which are run whole or in strips.
     """
+
+    Config: ClassVar[type[Any]]
+    Encoder: ClassVar[type[Any]]
+    Decoder: ClassVar[type[Any]]
 
     def __init__(
         self,
-        config: Any,
-        encoder: Callable[..., nn.Module],
-        decoder: Callable[..., nn.Module],
+        config: Any = None,
         operations: Operations = TORCH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        kind = type(self)
+        self.config = config = config or kind.Config()
         kw = {"device": device, "dtype": dtype}
         self.casts = operations.casts
         z = config.z_dim
-        self.encoder = encoder(config, operations, **kw)
+        self.encoder = kind.Encoder(config, operations, **kw)
         self.quant_conv = operations.Conv2d(z * 2, z * 2, 1, **kw)
         self.post_quant_conv = operations.Conv2d(z, z, 1, **kw)
-        self.decoder = decoder(config, operations, **kw)
+        self.decoder = kind.Decoder(config, operations, **kw)
 
     def encode(self, pixels: Tensor, strips: int | None = None, *, memory: int = MEMORY) -> Tensor:
         """The most likely latents of pictures (B, C, H, W): fp32 (B, z, H / f, W / f), normalised.

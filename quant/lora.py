@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layouts import Layout
+
 BLOCK = 1 << 24  # elements of a delta that are written out at a time
 
 
@@ -289,6 +291,8 @@ class Adapters:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        if hasattr(self.network, "adapted"):  # it keeps what its layers came to
+            self.network.adapted += 1  # pyright: ignore[reportOperatorIssue]
         for path, (parameter, own) in self._vectors.items():
             total = parameter.float()
             for name, vector in own.items():
@@ -307,7 +311,7 @@ def _settled(layer: nn.Module, branch: Branch) -> Branch:
     if branch.magnitude is None:
         return replace(branch, delta=delta)
     start, lengths = (branch.rows or (0, 0))[0], []
-    width: int = layer.weight.shape[1]  # type: ignore
+    width = _width(layer)
     step = max(1, BLOCK // width)
     for low in range(0, delta.out, step):
         high = min(low + step, delta.out)
@@ -317,8 +321,17 @@ def _settled(layer: nn.Module, branch: Branch) -> Branch:
     return replace(branch, delta=delta, magnitude=gain)
 
 
+def _width(layer: nn.Module) -> int:
+    """A linear layer's inputs."""
+    width = getattr(layer, "in_features", None)
+    return width if isinstance(width, int) else layer.weight.shape[1]  # type: ignore
+
+
 def weight_rows(layer: nn.Module, start: int, stop: int) -> Tensor:
-    """Rows of a linear layer's weight in fp32."""
+    """Rows of a linear layer's weight in fp32, however it is stored."""
+    layout = getattr(layer, "layout", None)
+    if isinstance(layout, Layout):
+        return layout.weight(slice(start, stop))
     weight = layer.weight
     assert isinstance(weight, Tensor) and weight.is_floating_point()
     return weight[start:stop].float()

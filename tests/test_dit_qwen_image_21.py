@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from seedling.model_loaders.families.qwen_image_21.dit import DiT, DiTConfig, segments_of
+from seedling.model_loaders.embeddings import grid_positions
+from seedling.model_loaders.families.qwen_image_21.dit import (
+    SLOT,
+    DiT,
+    DiTConfig,
+    prefix_positions,
+    segments_of,
+)
 
 transformer_qwenimage21 = pytest.importorskip(
     "diffusers.models.transformers.transformer_qwenimage21"
@@ -138,3 +145,17 @@ def test_published_names_and_shapes_are_all_accounted_for():
         k: v.shape for k, v in published.state_dict().items()
     }
     assert sum(p.numel() for p in ours.parameters()) == pytest.approx(7.1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 6), (6, 2)])
+def test_equal_sizes_stand_on_one_grid(grid: tuple[int, int]) -> None:
+    """A token of the target and those of references at its place differ in the frame only."""
+    picture = [True] * (grid[0] * grid[1] // SLOT)
+    slots = torch.tensor([False, *picture, False, False, *picture, False])
+    segments = segments_of(slots, [grid, grid])
+    positions, frame = prefix_positions(segments)
+    target = grid_positions(frame, *grid)
+    for reference in (s for s in segments if s.grid is not None):
+        where = positions[reference.start : reference.end]
+        assert torch.equal(where[:, 1:], target[:, 1:])
+        assert (where[:, 0] < frame).all()

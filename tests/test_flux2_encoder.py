@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -166,3 +168,26 @@ def test_tokenizers_of_other_models_are_refused():
     more.add_tokens(["another"])
     with pytest.raises(TokenizerError, match="do not belong together"):
         Encoder(ours, Qwen3Tokenizer(more))
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths", "layers"),
+    [
+        ("qwen3", {}, (27, 36)),
+        ("qwen3", {"hidden": 4096, "intermediate": 12288}, (27, 36)),
+        ("mistral", {"vocab_size": 131072, "hidden": 5120, "intermediate": 32768,
+                     "read": (10, 20, 30)}, (30, 40)),
+    ],
+)  # fmt: skip
+def test_a_quarter_of_the_published_layers_is_never_there(
+    kind: str, widths: dict[str, Any], layers: tuple[int, int]
+) -> None:
+    """By the published configs, on the meta device: neither loaded nor run."""
+    read, all_of_them = layers
+    ours = TextModel(EncoderConfig(kind, **widths), device="meta")
+    per_layer = sum(p.numel() for p in ours.model.layers[0].parameters())
+    assert len(ours.model.layers) == read == 0.75 * all_of_them
+    assert sum(p.numel() for p in ours.model.layers.parameters()) == read * per_layer
+    whole = sum(p.numel() for p in ours.parameters()) + (all_of_them - read) * per_layer
+    saved = (all_of_them - read) * per_layer / whole
+    assert 0.22 < saved < 0.25  # the embedding stays

@@ -45,7 +45,7 @@ def raw(entries: object, data: bytes = b"", header: bytes | None = None) -> byte
         (b"PK\x03\x04rest of a zip", "pickle or a zip"),
         (b"\x80\x02}q\x00.", "pickle or a zip"),
         (b"\x1f\x8b\x08\x00rest", "compressed"),
-        (b"GGUF\x03\x00\x00\x00", "GGUF file, which is not readable yet"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF file by another name"),
         (b"", "is empty"),
         (b"short", "not a safetensors file"),
         (b'{"error": "Access denied"}', "not a safetensors file"),

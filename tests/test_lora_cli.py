@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seedling.host.cli import main
-from seedling.host.generate import lora_of
+from seedling.host.models import lora_of
 from seedling.host.pictures import read_picture
 from seedling.host.recipe import read_recipe
 from seedling.sampling import SamplingError

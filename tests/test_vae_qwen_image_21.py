@@ -233,6 +233,24 @@ def test_strips_bound_memory() -> None:
 
 
 @torch.no_grad()
+def test_4096_pixels_need_less_than_4_gib() -> None:
+    """By itself, even where attention makes all its scores, as it does on the meta device."""
+    vae = VAE(VAEConfig(), device="meta")
+    pixels, latents = (torch.empty(1, *s, device="meta") for s in ((4, 4096, 4096), (64, 256, 256)))
+    assert peak(vae.decode, latents) < 4 << 30
+    assert peak(vae.encode, pixels) < 4 << 30
+
+
+@torch.no_grad()
+def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vae = oracle_and_ours(CONFIGS["published, narrow"])
+    latents = torch.randn(1, 8, 6, 7)
+    whole = vae.decode(latents)
+    monkeypatch.setattr("seedling.model_loaders.wan_vae.SCORES", 5 * 42)
+    assert torch.allclose(vae.decode(latents), whole, atol=1e-5)
+
+
+@torch.no_grad()
 def test_16_bit_weights_widened_are_the_rounded_weights() -> None:
     config = CONFIGS["published, narrow"]
     _, vae = oracle_and_ours(config)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...checkpoint import CheckpointError
+from ...family import read_once
 from .sizes import STEP
 from .variants import GUIDANCE
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ...layers import Store
     from ...load import Loaded
     from .dit import DiT, Prefix
     from .encoder import Encoder
@@ -28,14 +30,16 @@ def prefix(
     room: int,
     dtype: torch.dtype,
     guidance: float = GUIDANCE,
+    store: Store | None = None,
 ) -> Prefix:
     """The DiT's prefix of a prompt and its references.
 
     `images` are not looked at; `latents` (1, C, H / 16, W / 16) of them are; `room` is the target's
     number of tokens; `dtype` is what the DiT computes in; `guidance` is for networks that read it.
+    What `store` knows is not computed again.
     """
-    read = encoder.encode(prompt, images)
-    return dit.prefix(read.hidden.to(dtype), None, [x.to(dtype) for x in latents], room, guidance)
+    read, given = read_once(store, encoder, prompt, images), [x.to(dtype) for x in latents]
+    return dit.prefix(read.hidden.to(dtype), None, given, room, guidance, store)
 
 
 def channels(dit: Loaded) -> int:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...layers import replace_layers
+from ...layers import make_tables, replace_layers
 from ...shapes import count, ratio
-from ...tokenizers import TokenizerError
 from .templates import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -111,10 +110,7 @@ class TextModel(nn.Module):
             self.model = _transformers_model(config)
         self.model.norm = nn.Identity()
         replace_layers(self.model, operations, device, dtype)
-        # A table that no file holds: real even while the weights are still on "meta".
-        real = torch.device(device or "cpu")
-        with torch.device("cpu") if real.type == "meta" else real:
-            self.model.rotary_emb = type(self.model.rotary_emb)(self.model.config)
+        make_tables(device, (self.model, "rotary_emb"))
         self.eval()
 
     def forward(self, ids: Tensor, read: Tensor) -> Tensor:
@@ -178,12 +174,7 @@ class Encoder:
 
     def __init__(self, model: TextModel, tokenizer: PromptTokenizer) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        if tokenizer.size > self.config.vocab_size:
-            raise TokenizerError(
-                f"The tokenizer has {tokenizer.size} tokens, the text encoder "
-                f"{self.config.vocab_size}: they do not belong together; use the tokenizer that "
-                "was published with the encoder."
-            )
+        tokenizer.must_fit(self.config.vocab_size)
 
     @property
     def device(self) -> torch.device:

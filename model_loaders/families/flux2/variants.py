@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...family import Licence, Schedule
+from ...family import APACHE, Licence, Schedule
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -35,9 +35,6 @@ ASK = (
     "does, choose so under variant"
 )
 
-APACHE = Licence(
-    "Apache-2.0", "", commercial=True, notice="Free for any use, with its notice kept."
-)
 KLEIN_NC = Licence(
     "FLUX Non-Commercial License v2.1",
     "",

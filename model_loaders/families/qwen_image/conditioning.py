@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import CheckpointError
+from ...family import read_once
 from .sizes import STEP
 from .variants import EDIT, EDITORS, LAYERED, VARIANTS
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ...layers import Store
     from ...load import Loaded
     from .dit import DiT, Prefix
     from .encoder import Encoder
@@ -30,14 +32,15 @@ def prefix(
     *,
     room: int,
     dtype: torch.dtype,
+    store: Store | None = None,
 ) -> Prefix:
     """The DiT's prefix of a prompt and its references.
 
     `images` (H, W, 3 or 4) in 0..1 of any size, for the encoder; `latents` (1, C, H / 8, W / 8), of
     the same in the size of the DiT's reference; `dtype` is what the DiT computes in; `room` is not
-    needed.
+    needed. What `store` knows of the prompt is not read again; all else changes with every step.
     """
-    read = encoder.encode(prompt, images, **reading_of(dit.config.variant))
+    read = read_once(store, encoder, prompt, images, **reading_of(dit.config.variant))
     return dit.prefix(read.hidden.to(dtype), read.slots, [x.to(dtype) for x in latents])
 
 

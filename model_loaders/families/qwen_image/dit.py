@@ -12,7 +12,7 @@ Names and shapes are the published ones (diffusers' `QwenImageTransformer2DModel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...embeddings import TIMESTEP_CHANNELS, grid_positions, rotate, rotation, timestep_features
+from ...embeddings import TIMESTEP_CHANNELS, rotate, rotation, timestep_features
+from .positions import PATCH, Grid, pack, positions, unpack
 
-PATCH = 2  # latents per side of a token
-Grid = tuple[int, int]  # rows, columns of tokens
 Six = Sequence[Tensor]  # shift, 1 + scale, gate of attention, then of the MLP; (B, 1, dim) each
 Part = tuple[slice, Six]  # some tokens and what is done to them
 
@@ -54,11 +53,16 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class Modulation:
-    """What one time does in every layer: to pictures, to text, and before the last projection."""
+    """What one time does in every layer: to pictures, to text, and before the last projection.
+
+    `still` is what t = 0 does to pictures, where the references are modulated so; all times of a
+    schedule share it.
+    """
 
     image: Sequence[Six]
     text: Sequence[Six]
     out: tuple[Tensor, Tensor]  # 1 + scale, shift
+    still: Sequence[Six] | None = None
 
     @property
     def bytes(self) -> int:
@@ -71,49 +75,14 @@ class Prefix:
     """What no step changes: text and references as tokens, and what a step needs to know of them.
 
     `text` (B, L, dim), `references` (B, R, dim) or None, `grids` theirs; `still` is what t = 0 does
-    to the references in every layer, where they are modulated so.
+    to the references in every layer, where they are modulated so: known from the first step on.
     """
 
     text: Tensor
     references: Tensor | None
     grids: tuple[Grid, ...]
-    still: Sequence[Six] | None
+    still: Sequence[Six] | None = None
     rotations: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as tokens (B, h/2 w/2, 4 C): 2 x 2 latents each, channel first."""
-    b, c, h, w = x.shape
-    if h % PATCH or w % PATCH:
-        raise ValueError(f"latents of {w} x {h} cannot be cut into squares of {PATCH} x {PATCH}")
-    x = x.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH * PATCH)
-
-
-def unpack(tokens: Tensor, grid: Grid) -> Tensor:
-    """The inverse of `pack`."""
-    h, w = grid
-    x = tokens.view(tokens.shape[0], h, w, -1, PATCH, PATCH)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(x.shape[0], -1, h * PATCH, w * PATCH)
-
-
-def positions(
-    words: int, targets: Sequence[Grid], references: Sequence[Grid], layered: bool
-) -> Tensor:
-    """Rotary positions (words + tokens, 3): of the text, the targets, then the references.
-
-    Every picture is a frame with a grid centred on 0; the text goes on along the diagonal, behind
-    the farthest corner of all pictures. A layered target is frames 0, 1, ... and its reference -1.
-    """
-    pictures = [*targets, *references]
-    frames = list(range(len(pictures)))
-    start = max(side // 2 for grid in pictures for side in grid)
-    if layered:
-        frames[len(targets) :] = [-1] * len(references)
-        start = max(start, len(pictures) - 1)
-    text = torch.arange(start, start + words)[:, None].expand(-1, 3)
-    images = [grid_positions(f, *grid) for f, grid in zip(frames, pictures, strict=True)]
-    return torch.cat([text, *images])
 
 
 def six(params: Tensor) -> Six:
@@ -299,6 +268,10 @@ class DiT(nn.Module):
         )
         self.norm_out = NormOut(c, operations, **kw)
         self.proj_out = operations.Linear(c.dim, PATCH * PATCH * c.out_channels, **kw)
+        # Gives the layers that compute modulations, one by one (model_loaders/lending.py).
+        self.each: Callable[[Iterable[nn.Module]], Iterable[nn.Module]] = iter
+        self.adapted = 0  # counts the changes of what hangs beside the layers (quant/lora.py)
+        self._known: tuple[Any, list[Modulation]] = (None, [])
 
     @property
     def blocks(self) -> Iterable[Block]:
@@ -308,22 +281,31 @@ class DiT(nn.Module):
         """What each time, 1 = pure noise, does in every layer, computed in `dtype`.
 
         Exactly what `forward` computes for itself at that time: row by row, because a product of
-        several rows adds in another order. Layer by layer, so each weight is needed only once.
+        several rows adds in another order. Layer by layer, so each weight is needed only once; of
+        lent weights the last answer is kept.
         """
-        device = next(self.parameters()).device
+        key = (tuple(times), dtype, self.adapted)
+        if self._known[0] == key:
+            return self._known[1]
+        device = next(self.time_text_embed.parameters()).device
+        always = [0.0] if self.config.zero_cond_t else []
         embed = [
             self.time_text_embed(torch.tensor([t], dtype=torch.float32, device=device), dtype)
-            for t in times
+            for t in (*times, *always)
         ]
-        image, text = [], []
-        for block in self.blocks:
-            image.append([six(block.img_mod(e)) for e in embed])
-            text.append([six(block.txt_mod(e)) for e in embed])
         out = [self.norm_out.modulation(e) for e in embed]
-        return [
-            Modulation([layer[i] for layer in image], [layer[i] for layer in text], out[i])
-            for i in range(len(embed))
-        ]
+        image, text = self._layers(embed)
+        still = image[-1] if always else None
+        made = [Modulation(image[i], text[i], out[i], still) for i in range(len(times))]
+        if self.each is not iter:  # nobody else writes to weights that are lent
+            self._known = (key, made)
+        return made
+
+    def _layers(self, embed: Sequence[Tensor]) -> tuple[list[Sequence[Six]], list[Sequence[Six]]]:
+        """What each embedding of times (B, dim) does in every layer: to pictures, and to text."""
+        layers = (layer for block in self.blocks for layer in (block.img_mod, block.txt_mod))
+        made = [[six(layer(e)) for e in embed] for layer in self.each(layers)]
+        return list(zip(*made[::2], strict=True)), list(zip(*made[1::2], strict=True))
 
     def prefix(
         self,
@@ -338,15 +320,10 @@ class DiT(nn.Module):
         is kept for the target.
         """
         packed = [self.img_in(pack(x)) for x in references]
-        still = None
-        if self.config.zero_cond_t and packed:
-            embedding = self.time_text_embed(torch.zeros(1, device=text.device), packed[0].dtype)
-            still = [six(block.img_mod(embedding)) for block in self.blocks]
         return Prefix(
             text=self.txt_in(self.txt_norm(text)),
             references=torch.cat(packed, dim=1) if packed else None,
             grids=tuple((x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in references),
-            still=still,
         )
 
     def forward(
@@ -370,6 +347,8 @@ class DiT(nn.Module):
         turn = self._turn(prefix, grid, frames if layered else 1).to(x.device)
         if modulation is None:
             modulation = self._modulation(t, image.dtype)
+        if self.config.zero_cond_t and prefix.references is not None and prefix.still is None:
+            prefix.still = modulation.still or self.modulations([0.0], image.dtype)[0].still
         last = self.config.layers - 1
         for layer, block in enumerate(self.transformer_blocks):
             parts: list[Part] = [(slice(None), modulation.image[layer])]
@@ -386,11 +365,8 @@ class DiT(nn.Module):
     def _modulation(self, t: Tensor, dtype: torch.dtype) -> Modulation:
         """That of the times t (B,), which need not be equal."""
         embedding = self.time_text_embed(t, dtype)
-        return Modulation(
-            [six(block.img_mod(embedding)) for block in self.blocks],
-            [six(block.txt_mod(embedding)) for block in self.blocks],
-            self.norm_out.modulation(embedding),
-        )
+        image, text = self._layers([embedding])
+        return Modulation(image[0], text[0], self.norm_out.modulation(embedding))
 
     def _turn(self, prefix: Prefix, grid: Grid, frames: int) -> Tensor:
         """The rotations of a run's tokens, computed at its first step."""

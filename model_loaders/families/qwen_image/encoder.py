@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...pictures import at_area, resize, snap
 from ...qwen_vl import MERGE, Grid, on_white, patches
-from ...tokenizers import TokenizerError
 from .qwen2_5_vl import PATCH, EncoderConfig, Qwen25VL, build, tiny_config
 from .templates import PromptTokenizer
 
@@ -49,12 +48,7 @@ class Encoder:
 
     def __init__(self, model: Qwen25VL, tokenizer: PromptTokenizer) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        if tokenizer.size > self.config.vocab_size:
-            raise TokenizerError(
-                f"The tokenizer has {tokenizer.size} tokens, the text encoder "
-                f"{self.config.vocab_size}: they do not belong together; use the tokenizer that "
-                "was published with the encoder."
-            )
+        tokenizer.must_fit(self.config.vocab_size)
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,8 @@ from .variants import MARKER
 
 # Published, but no parameter: the marker of Edit-2511.
 DIT_UNUSED = (MARKER,)
+# What a step's time does to every layer: a third of the weights, read once for a schedule.
+DIT_LENT = re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\.1")
 
 
 def _prefix(names: Names) -> str | None:

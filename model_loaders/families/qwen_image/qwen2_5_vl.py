@@ -7,7 +7,7 @@ when a network is built, not before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...layers import replace_layers
-from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions
+from ...layers import make_tables, replace_layers
+from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions, published_config
+from ...shapes import count
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -58,7 +59,7 @@ class EncoderConfig:
         Raises KeyError for a missing tensor, ValueError where shapes and config do not add up.
         """
         shapes = {name: tuple(info.shape) for name, info in checkpoint.names.items()}
-        text, vision = _published(checkpoint.config)
+        text, vision = published_config(checkpoint.config)
         layer, block = "model.language_model.layers", "model.visual.blocks"
         vocab_size, hidden = shapes["model.language_model.embed_tokens.weight"]
         heads = int(text.get("num_attention_heads", hidden // HEAD_DIM))
@@ -73,14 +74,14 @@ class EncoderConfig:
         return cls(
             vocab_size=vocab_size,
             hidden=hidden,
-            layers=_count(shapes, f"{layer}.", ".self_attn.q_proj.bias"),
+            layers=count(shapes, f"{layer}.", ".self_attn.q_proj.bias"),
             heads=heads,
             kv_heads=kv * heads // hidden,
             intermediate=shapes[f"{layer}.0.mlp.gate_proj.weight"][0],
             theta=float(text.get("rope_theta", cls.theta)),
             eps=float(text.get("rms_norm_eps", cls.eps)),
             vision_hidden=vision_hidden,
-            vision_depth=_count(shapes, f"{block}.", ".norm1.weight"),
+            vision_depth=count(shapes, f"{block}.", ".norm1.weight"),
             vision_heads=vision_heads,
             vision_intermediate=shapes[f"{block}.0.mlp.gate_proj.weight"][0],
             vision_window=int(vision.get("window_size", cls.vision_window)),
@@ -114,18 +115,6 @@ def tiny_config(vocab_size: int, **changes: Any) -> EncoderConfig:
     return replace(tiny, **changes)
 
 
-def _published(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Text and vision part of a config.json, of transformers 4 (text at its top) or 5."""
-    text = {**config, **(config.get("text_config") or {})}
-    rope = text.get("rope_parameters") or {}
-    text |= {key: rope[key] for key in ("rope_theta",) if key in rope}
-    return text, dict(config.get("vision_config") or {})
-
-
-def _count(names: Iterable[str], prefix: str, suffix: str) -> int:
-    return sum(name.startswith(prefix) and name.endswith(suffix) for name in names)
-
-
 def build(
     config: EncoderConfig,
     operations: Operations | None = None,
@@ -157,11 +146,7 @@ class Qwen25VL(nn.Module):
             PATCH, config.vision_hidden, bias=False, device=device, dtype=dtype
         )
         replace_layers(self.model, operations, device, dtype)
-        # Tables that no file holds: real even while the weights are still on "meta".
-        real = torch.device(device or "cpu")
-        with torch.device("cpu") if real.type == "meta" else real:
-            text.rotary_emb = type(text.rotary_emb)(text.config)  # pyright: ignore[reportArgumentType]
-            visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config)
+        make_tables(device, (text, "rotary_emb"), (visual, "rotary_pos_emb"))
         self.eval()
 
     def forward(

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...family import Component, Family, Licence
+from ...family import APACHE, Component, Family, Licence, later, with_tokenizer
 from . import conditioning, keys, sizes
 from .configs import PUBLISHED_VAE, dit_config, vae_config
+from .offers import OFFERS, QWEN_RESEARCH
 from .schedules import schedule
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ....quant.operations import Operations
     from ...checkpoint import Checkpoint
-    from .encoder import Encoder, EncoderConfig
 
-QWEN_RESEARCH = Licence(
-    name="Qwen Research Licence",
-    url="",
-    commercial=False,
-    notice="Built with Qwen. For research and other non-commercial use; a commercial licence is "
-    "given on request.",
-)
-APACHE = Licence(
-    "Apache-2.0", "", commercial=True, notice="Free for any use, with its notice kept."
-)
 # Terms that a network of its own, of the same architecture, may carry in its metadata.
 FREE = {"apache-2.0": APACHE}
 
@@ -62,39 +47,6 @@ def _published_dits() -> dict[str, Any]:
     return {"Qwen-Image-2.1": DiTConfig()}
 
 
-def _build_dit(config: Any, operations: Operations, device: Any, dtype: Any = None) -> nn.Module:
-    from .dit import DiT
-
-    return DiT(config, operations, device, dtype)
-
-
-def _build_vae(config: Any, operations: Operations, device: Any, dtype: Any = None) -> nn.Module:
-    from .vae import VAE
-
-    return VAE(config, operations, device, dtype)
-
-
-def _encoder_config(checkpoint: Checkpoint) -> EncoderConfig:
-    from .encoder import EncoderConfig
-
-    return EncoderConfig.from_header(checkpoint)
-
-
-def _build_encoder(
-    config: Any, operations: Operations, device: Any, dtype: Any = None
-) -> nn.Module:
-    from .encoder import build
-
-    return build(config, operations, device, dtype)
-
-
-def _finish_encoder(module: Any, path: Path, tokenizer_paths: Sequence[Path | str] = ()) -> Encoder:
-    from .encoder import Encoder
-    from .templates import find_tokenizer
-
-    return Encoder(module, find_tokenizer(path, module.config.vocab_size, tokenizer_paths))
-
-
 FAMILY = Family(
     name="qwen_image_21",
     title="Qwen-Image-2.1",
@@ -105,7 +57,7 @@ FAMILY = Family(
             example="qwen_image_2.1_bf16.safetensors from diffusion_models/",
             layouts=keys.DIT_LAYOUTS,
             config=dit_config,
-            build=_build_dit,
+            build=later(__name__, ".dit", "DiT"),
             published=_published_dits,
         ),
         Component(
@@ -113,16 +65,16 @@ FAMILY = Family(
             example="qwen_image_2.1_vae_bf16.safetensors from vae/",
             layouts=keys.VAE_LAYOUTS,
             config=vae_config,
-            build=_build_vae,
+            build=later(__name__, ".vae", "VAE"),
         ),
         Component(
             kind="encoder",
             example="qwen3vl_8b_bf16.safetensors from text_encoders/",
             layouts=keys.ENCODER_LAYOUTS,
-            config=_encoder_config,
-            build=_build_encoder,
+            config=later(__name__, ".encoder", "EncoderConfig.from_header"),
+            build=later(__name__, ".encoder", "build"),
             unused=keys.ENCODER_UNUSED,
-            finish=_finish_encoder,
+            finish=with_tokenizer(__name__, "PromptTokenizer"),
         ),
     ),
     schedule=schedule,
@@ -134,4 +86,6 @@ FAMILY = Family(
     resize=sizes.resize,
     prefix=conditioning.prefix,
     check=conditioning.check,
+    pads=True,
+    offers=OFFERS,
 )

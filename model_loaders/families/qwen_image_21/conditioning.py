@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ...layers import Store
     from ...load import Loaded
     from .dit import DiT, Prefix
     from .encoder import Encoder
@@ -28,15 +29,17 @@ def prefix(
     *,
     room: int,
     dtype: torch.dtype,
+    store: Store | None = None,
 ) -> Prefix:
     """The DiT's prefix of a prompt and its references.
 
     `images` (H, W, 3 or 4) in 0..1 with sides that are multiples of 32, for the encoder; `latents`
     (1, C, H / 16, W / 16) of the same, for the DiT; `room` is the target's number of tokens;
-    `dtype` is what the DiT computes in.
+    `dtype` is what the DiT computes in. What `store` knows is not computed again.
     """
-    read = encoder.encode(prompt, images)
-    return dit.prefix(read.hidden.to(dtype), read.slots, [x.to(dtype) for x in latents], room)
+    read = encoder.encode(prompt, images, store)
+    given = [x.to(dtype) for x in latents]
+    return dit.prefix(read.hidden.to(dtype), read.slots, given, room, store)
 
 
 def channels(dit: Loaded) -> int:

@@ -4,7 +4,9 @@ The sequence is text with each reference's latent tokens spliced in at its slots
 Text is causal, an image sees everything before it and itself, nothing before the target sees the
 target, and everything but the target is modulated at t = 0. So the prefix's keys and values are
 the same for every step, seed and target size: `DiT.prefix` computes them once, `DiT.forward` runs
-the target alone against them, exactly.
+the target alone against them, exactly. Nor do they depend on what follows: `DiT.prefix` works in
+blocks that a store can keep, and always in the same ones, so that what a store gave is what would
+have been computed, bit for bit.
 
 Names and shapes are the published ones (diffusers' `QwenImage21Transformer2DModel`).
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ from ...embeddings import (
     rotation,
     timestep_features,
 )
-from ...layers import KeptKeys
+from ...layers import WORDS, KeptKeys, See, Store, computed
+from ...layers import Block as KeptBlock
 
 SLOT = 4  # latent tokens (2 x 2) per slot of the vision-language encoder
 
@@ -61,9 +65,10 @@ class Segment:
 
 
 @dataclass
-class Prefix(KeptKeys):
-    """Keys and values of text and references in every layer, computed once, read at every step."""
+class Prefix:
+    """Text and references in every layer, computed once, read at every step."""
 
+    kept: KeptKeys
     position: int  # rotary position at which the target starts
     rotations: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -95,18 +100,40 @@ def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment
     return segments
 
 
-def prefix_positions(segments: Sequence[Segment]) -> tuple[Tensor, int]:
-    """Rotary positions (P, 3) of a prefix, and the position at which the next block starts."""
-    parts, position = [torch.empty(0, 3, dtype=torch.long)], 0
+def runs_of(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments as blocks: an image with the words before it, and words alone, `WORDS` at a time."""
+    runs: list[list[Segment]] = []
+    open_run: list[Segment] = []
+    for segment in segments:
+        if segment.grid is not None:
+            runs.append([*open_run, segment])
+            open_run = []
+            continue
+        for start in range(segment.start, segment.end, WORDS):
+            part = Segment(start, min(start + WORDS, segment.end), None)
+            if part.end < segment.end:
+                runs.append([part])
+            else:
+                open_run = [part]
+    return [*runs, open_run] if open_run else runs
+
+
+def prefix_positions(segments: Sequence[Segment], position: int = 0) -> tuple[Tensor, int]:
+    """Rotary positions (P, 3) of segments from `position` on, and where the next one starts."""
+    parts = [torch.empty(0, 3, dtype=torch.long)]
     for segment in segments:
         if segment.grid is None:
             run = torch.arange(position, position + segment.end - segment.start)
             parts.append(run[:, None].expand(-1, 3))
-            position += segment.end - segment.start
         else:
             parts.append(grid_positions(position, *segment.grid))
-            position += max(segment.grid)
+        position += advance(segment)
     return torch.cat(parts), position
+
+
+def advance(segment: Segment) -> int:
+    """How far the rotary position moves on."""
+    return max(segment.grid) if segment.grid else segment.end - segment.start
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -224,6 +251,8 @@ class NormOut(nn.Module):
 class DiT(nn.Module):
     """Latents and a prefix in, velocity (noise - picture) out."""
 
+    stores = True  # `prefix` has something for a `layers.Store`
+
     def __init__(
         self, config: DiTConfig, operations: Operations = TORCH, device=None, dtype=None
     ) -> None:
@@ -251,46 +280,75 @@ class DiT(nn.Module):
         return embedding, [1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()]
 
     def prefix(
-        self, text: Tensor, slots: Tensor, references: Sequence[Tensor] = (), room: int = 0
+        self,
+        text: Tensor,
+        slots: Tensor,
+        references: Sequence[Tensor] = (),
+        room: int = 0,
+        store: Store | None = None,
     ) -> Prefix:
         """Run text and references through the network once.
 
         `text` (B, L, context_dim) are the encoder's states, slots included; `slots` (L,) bool;
         `references` are normalised latents (B, C, h, w), one per image in the order of the slots;
-        `room` is the largest target in tokens that will follow (it grows when needed).
+        `room` is the largest target in tokens that will follow (it grows when needed). What `store`
+        knows is not computed again. With gradients everything runs at once, and nothing is stored.
         """
-        grids = [(r.shape[-2], r.shape[-1]) for r in references]
-        segments = segments_of(slots, grids)
-        positions, position = prefix_positions(segments)
-        turn = rotation(positions, self.config.axes, self.config.theta).to(text.device)
-        tokens = self.txt_in(text[:, ~slots])
-        if references:
-            images = [self.img_in(r.flatten(2).transpose(1, 2)) for r in references]
-            runs = [s.end - s.start for s in segments if s.grid is None]
-            texts, images = iter(tokens.split(runs, dim=1)), iter(images)
-            tokens = torch.cat([next(images if s.grid else texts) for s in segments], dim=1)
-        _, modulation = self._modulate(torch.zeros(1, device=text.device), tokens.dtype)
-        masks = [_text_mask(s, text.device) for s in segments]
-        prefix = Prefix([], [], tokens.shape[1], position)
+        segments = segments_of(slots, [(r.shape[-2], r.shape[-1]) for r in references])
+        words, images = text[:, ~slots], iter(references)
+        blocks, position, word = [], 0, 0
+        for run in [segments] if torch.is_grad_enabled() else runs_of(segments):
+            count = sum(s.end - s.start for s in run if s.grid is None)
+            shown = [next(images) for s in run if s.grid is not None]
+            blocks.append(self._block(run, words[:, word : word + count], shown, position))
+            position, word = position + sum(map(advance, run)), word + count
+        if store is None or torch.is_grad_enabled():
+            return Prefix(computed(blocks, room), position)
+        return Prefix(store.keep("prefix", self, blocks, room), position)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            prefix.keep(k, v, room)
-            parts = [
-                F.scaled_dot_product_attention(
-                    q[:, :, s.start : s.end], k[:, :, : s.end], v[:, :, : s.end], attn_mask=mask
-                )
-                for s, mask in zip(segments, masks, strict=True)
-            ]
-            return torch.cat(parts, dim=2)
+    def _block(
+        self, run: list[Segment], words: Tensor, images: list[Tensor], position: int
+    ) -> KeptBlock:
+        """Segments that run through the network together: `words` (B, n, context_dim), `images`
+        (B, C, h, w), from the rotary position `position` on."""
 
-        blocks: list[Any] = [*self.transformer_blocks]
-        for block in blocks[:-1]:
-            tokens = block(tokens, modulation, turn, attend)
-        # Nobody reads what the last layer makes of a prefix, only its keys and values.
-        last = blocks[-1]
-        k, v = last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn)
-        prefix.keep(k, v, room)
-        return prefix
+        def compute(see: See) -> None:
+            tokens, first = self._embed(run, words, images), run[0].start
+            positions, _ = prefix_positions(run, position)
+            turn = rotation(positions, self.config.axes, self.config.theta).to(words.device)
+            _, modulation = self._modulate(torch.zeros(1, device=words.device), tokens.dtype)
+            masks = [_text_mask(s, words.device) for s in run]
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                k, v = see(layer, k, v)
+                parts = [
+                    F.scaled_dot_product_attention(
+                        q[:, :, s.start - first : s.end - first],
+                        k[:, :, : s.end],
+                        v[:, :, : s.end],
+                        attn_mask=mask,
+                    )
+                    for s, mask in zip(run, masks, strict=True)
+                ]
+                return torch.cat(parts, dim=2)
+
+            blocks: list[Any] = [*self.transformer_blocks]
+            for layer, block in enumerate(blocks[:-1]):
+                tokens = block(tokens, modulation, turn, partial(attend, layer))
+            # Nobody reads what the last layer makes of a prefix, only its keys and values.
+            last = blocks[-1]
+            k, v = last.attn.keys_values(last.img_norm1(tokens) * modulation[0], turn)
+            see(len(blocks) - 1, k, v)
+
+        layout = tuple((s.end - s.start, s.grid) for s in run)
+        return KeptBlock(run[-1].end - run[0].start, (layout, words, *images), compute)
+
+    def _embed(self, run: list[Segment], words: Tensor, images: list[Tensor]) -> Tensor:
+        """The tokens (B, n, dim) of a block."""
+        runs = [s.end - s.start for s in run if s.grid is None]
+        texts = iter(self.txt_in(words).split(runs, dim=1) if runs else ())
+        shown = iter([self.img_in(x.flatten(2).transpose(1, 2)) for x in images])
+        return torch.cat([next(shown if s.grid else texts) for s in run], dim=1)
 
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity (B, C, h, w) of latents x (B, C, h, w) at times t (B,), 1 = pure noise.
@@ -305,12 +363,9 @@ class DiT(nn.Module):
         tokens = self.img_in(x.flatten(2).transpose(1, 2))
         embedding, modulation = self._modulate(t, tokens.dtype)
         if not torch.is_grad_enabled():
-            prefix.reserve(h * w)
+            prefix.kept.reserve(h * w)
         for layer, block in enumerate(self.transformer_blocks):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                return prefix.attend(layer, q, k, v)
-
+            attend = partial(prefix.kept.attend, layer)
             tokens = block(tokens, modulation, prefix.rotations[h, w], attend)
         out = self.proj_out(self.norm_out(tokens, embedding))
         return out.transpose(1, 2).unflatten(2, (h, w))

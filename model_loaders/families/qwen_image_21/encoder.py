@@ -7,15 +7,17 @@ references' latents in the place of their vision tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...qwen_vl import MERGE, Grid, on_white
+from ...layers import WORDS, Block, See, Store, computed
+from ...qwen_vl import MERGE, Grid, on_white, positions
 from ...qwen_vl import patches as shared_patches
-from ...tokenizers import TokenizerError
 from .qwen3_vl import PATCH, EncoderConfig, Qwen3VL, build, tiny_config
 from .templates import PromptTokenizer
 
@@ -47,38 +49,63 @@ class Conditioning:
 class Encoder:
     """A network with the tokenizer that it was trained with."""
 
+    stores = True  # `encode` takes a `layers.Store`
+
     def __init__(
         self, model: Qwen3VL, tokenizer: PromptTokenizer, config: EncoderConfig | None = None
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config or model.config
-        if tokenizer.size > self.config.vocab_size:
-            raise TokenizerError(
-                f"The tokenizer has {tokenizer.size} tokens, the text encoder "
-                f"{self.config.vocab_size}: they do not belong together; use the tokenizer that "
-                "was published with the encoder."
-            )
+        tokenizer.must_fit(self.config.vocab_size)
 
     @property
     def device(self) -> torch.device:
         return self.model.model.language_model.embed_tokens.weight.device
 
     @torch.no_grad()
-    def encode(self, prompt: str, images: Sequence[Tensor] = ()) -> Conditioning:
+    def encode(
+        self, prompt: str, images: Sequence[Tensor] = (), store: Store | None = None
+    ) -> Conditioning:
         """Read a prompt with its references, in their order.
 
-        `images`: (H, W, 3 or 4) in 0..1, sides multiples of 32. Raises PictureError for another
-        shape, PromptError for text that is not text.
+        `images`: (H, W, 3 or 4) in 0..1, sides multiples of 32. What `store` knows is not read
+        again. Raises PictureError for another shape, PromptError for text that is not text.
         """
         grids = [_grid(image, number) for number, image in enumerate(images, start=1)]
         ids = self.tokenizer.prompt(prompt, [h * w // MERGE**2 for h, w in grids])
-        pixels = [patches(on_white(image)[None]) for image in images]
-        hidden = self.encode_ids(
-            torch.tensor([ids.ids], device=self.device),
-            torch.cat(pixels) if pixels else None,
-            grids,
-        )
-        slots = torch.tensor(ids.slots[ids.dropped :], device=hidden.device)
-        return Conditioning(hidden[:, ids.dropped :].float(), slots, grids)
+        slots = torch.tensor([ids.slots], device=self.device)
+        where, left = positions(slots, grids), iter(images)
+        blocks, start = [], 0
+        for end in cuts(ids.slots, ids.dropped):
+            shown = [next(left)] if any(ids.slots[start:end]) else []
+            here = slots[:, start:end], where[..., start:end]
+            blocks.append(self._block(ids.ids[:end], *here, shown, store))
+            start = end
+        kept = store.keep("words", self, blocks, 0) if store else computed(blocks, 0)
+        hidden = torch.cat([x for x in kept.outputs if x is not None], dim=1)
+        return Conditioning(hidden[:, ids.dropped :].float(), slots[0, ids.dropped :], grids)
+
+    def _block(
+        self, ids: Sequence[int], slots: Tensor, where: Tensor, shown: list[Tensor],
+        store: Store | None,
+    ) -> Block:  # fmt: skip
+        """The last tokens of `ids`, as many as `slots` (1, n), and the picture that they show."""
+        own, model = ids[-slots.shape[1] :], self.model
+
+        def compute(see: See) -> Tensor:
+            x = model.model.language_model.embed_tokens(torch.tensor([own], device=self.device))
+            seen = self._look(shown[0], x, store) if shown else None
+            mask = torch.ones(len(own), len(ids), dtype=torch.bool, device=x.device)
+            mask = mask.tril(len(ids) - len(own))[None, None]
+            return model.read(x, slots, seen, where, Seen(see), mask)
+
+        return Block(len(own), (own, *shown), compute)
+
+    def _look(self, image: Tensor, like: Tensor, store: Store | None) -> list[Tensor]:
+        def compute() -> list[Tensor]:
+            pixels = patches(on_white(image)[None])
+            return self.model.look(pixels.to(like.device, like.dtype), [_grid(image, 1)])
+
+        return store.recall("vision", self, (image,), compute) if store else compute()
 
     def encode_ids(
         self,
@@ -95,6 +122,30 @@ class Encoder:
             grid_thw = [(int(h), int(w)) for _, h, w in grid_thw.tolist()]
         slots = input_ids == self.tokenizer.image_pad
         return self.model(input_ids, slots, pixel_values, list(grid_thw))
+
+
+class Seen:
+    """What transformers takes for its cache: keys and values go where `see` says."""
+
+    def __init__(self, see: See) -> None:
+        self.see = see
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.see(layer, k, v)
+
+
+def cuts(slots: Sequence[bool], dropped: int) -> list[int]:
+    """Where blocks end: behind each picture, and after every `WORDS` tokens of words alone.
+
+    The first `dropped` tokens, which every prompt has, belong to the first block. So the blocks of
+    the diffusion model, which does not read them, are these.
+    """
+    ends, start = [], 0
+    for is_picture, run in itertools.groupby(slots):
+        end = start + len(list(run))
+        ends += [end] if is_picture else range(max(start, dropped) + WORDS, end, WORDS)
+        start = end
+    return ends if ends and ends[-1] == start else [*ends, start]
 
 
 def patches(pixels: Tensor) -> Tensor:

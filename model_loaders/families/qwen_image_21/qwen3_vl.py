@@ -7,7 +7,7 @@ when a network is built, not before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...layers import replace_layers
-from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions
+from ...layers import make_tables, replace_layers
+from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions, published_config
+from ...shapes import count
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -58,13 +59,13 @@ class EncoderConfig:
         Raises KeyError for a missing tensor, ValueError where shapes and config do not add up.
         """
         shapes = {name: tuple(info.shape) for name, info in checkpoint.names.items()}
-        text, vision = _published(checkpoint.config)
+        text, vision = published_config(checkpoint.config)
         layer, block = "model.language_model.layers", "model.visual.blocks"
         vocab_size, hidden = shapes["model.language_model.embed_tokens.weight"]
         (head_dim,) = shapes[f"{layer}.0.self_attn.q_norm.weight"]
         positions, vision_hidden = shapes["model.visual.pos_embed.weight"]
-        depth = _count(shapes, f"{block}.", ".norm1.weight")
-        mergers = _count(shapes, "model.visual.deepstack_merger_list.", ".norm.weight")
+        depth = count(shapes, f"{block}.", ".norm1.weight")
+        mergers = count(shapes, "model.visual.deepstack_merger_list.", ".norm.weight")
         vision_heads = int(vision.get("num_heads", cls.vision_heads))
         deepstack = tuple(vision.get("deepstack_visual_indexes", _deepstack(depth, mergers)))
         if vision_hidden % (4 * vision_heads) or len(deepstack) != mergers:
@@ -76,7 +77,7 @@ class EncoderConfig:
         return cls(
             vocab_size=vocab_size,
             hidden=hidden,
-            layers=_count(shapes, f"{layer}.", ".self_attn.q_norm.weight"),
+            layers=count(shapes, f"{layer}.", ".self_attn.q_norm.weight"),
             heads=shapes[f"{layer}.0.self_attn.q_proj.weight"][0] // head_dim,
             kv_heads=shapes[f"{layer}.0.self_attn.k_proj.weight"][0] // head_dim,
             head_dim=head_dim,
@@ -123,17 +124,6 @@ def tiny_config(vocab_size: int, **changes: Any) -> EncoderConfig:
     return replace(tiny, **changes)
 
 
-def _published(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Text and vision part of a config.json, of transformers 4 or 5 (rope moved between them)."""
-    text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
-    rope = text.get("rope_parameters") or {}
-    return text | {key: rope[key] for key in ("rope_theta",) if key in rope}, vision
-
-
-def _count(names: Iterable[str], prefix: str, suffix: str) -> int:
-    return sum(name.startswith(prefix) and name.endswith(suffix) for name in names)
-
-
 def _deepstack(depth: int, mergers: int) -> tuple[int, ...]:
     """The published choices (depth 27: 8B and 32B; depth 24: 2B and 4B), and evenly elsewhere."""
     if (depth, mergers) == (27, 3):
@@ -172,11 +162,7 @@ class Qwen3VL(nn.Module):
         text.norm = nn.Identity()
         visual.patch_embed = PatchEmbed(PATCH, config.vision_hidden, device=device, dtype=dtype)
         replace_layers(self.model, operations, device, dtype)
-        # Tables that no file holds: real even while the weights are still on "meta".
-        real = torch.device(device or "cpu")
-        with torch.device("cpu") if real.type == "meta" else real:
-            text.rotary_emb = type(text.rotary_emb)(text.config)
-            visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config)
+        make_tables(device, (text, "rotary_emb"), (visual, "rotary_pos_emb"))
         self.eval()
 
     def forward(
@@ -193,22 +179,42 @@ class Qwen3VL(nn.Module):
         pictures, row by row; `grids` rows and columns of patches of each. `past_key_values`: a
         transformers cache of the text before these tokens, which must hold no picture.
         """
-        text = self.model.language_model
-        x = text.embed_tokens(ids)
-        features: list[Tensor] | None = None
-        if patches is not None:
-            grid = torch.tensor([(1, h, w) for h, w in grids], device=ids.device)
-            # Straight to the tower: transformers' own way casts pixels to the weights' dtype,
-            # which for weights that are widened on the fly is not the dtype of the arithmetic.
-            seen = self.model.visual(patches.to(x.device, x.dtype), grid_thw=grid)
-            x = x.masked_scatter(slots[..., None], seen.pooler_output.to(x.dtype))
-            features = seen.deepstack_features
+        x = self.model.language_model.embed_tokens(ids)
+        seen = None if patches is None else self.look(patches.to(x.device, x.dtype), grids)
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
-        output = text(
+        return self.read(x, slots, seen, positions(slots, grids) + start, past_key_values)
+
+    def look(self, patches: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What the vision tower makes of pictures, each (S, hidden): vision tokens, and features
+        for the first text layers. `patches` in the dtype that the network computes in."""
+        grid = torch.tensor([(1, h, w) for h, w in grids], device=patches.device)
+        # Straight to the tower: transformers' own way casts pixels to the weights' dtype, which
+        # for weights that are widened on the fly is not the dtype of the arithmetic.
+        seen = self.model.visual(patches, grid_thw=grid)
+        return [seen.pooler_output, *seen.deepstack_features]
+
+    def read(
+        self,
+        x: Tensor,
+        slots: Tensor,
+        seen: Sequence[Tensor] | None,
+        where: Tensor,
+        past_key_values: Any = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of embedded tokens x (B, L, hidden) at positions `where` (3, B, L).
+
+        `seen` is what `look` saw for the `slots`. `mask` (1, 1, L, all tokens so far) bool, when
+        `past_key_values` cannot tell how many there are.
+        """
+        if seen is not None:
+            x = x.masked_scatter(slots[..., None], seen[0].to(x.dtype))
+        output = self.model.language_model(
             inputs_embeds=x,
-            position_ids=positions(slots, grids) + start,
-            visual_pos_masks=slots if features else None,
-            deepstack_visual_embeds=features,
+            attention_mask=mask,
+            position_ids=where,
+            visual_pos_masks=slots if seen else None,
+            deepstack_visual_embeds=list(seen[1:]) if seen else None,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
         )

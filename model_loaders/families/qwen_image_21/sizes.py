@@ -26,14 +26,15 @@ BUCKETS: tuple[Size, ...] = (
 def reference_size(width: int, height: int, area: int | None = AREA) -> Size:
     """Size that a reference of `width` x `height` is resized to: `area` pixels at its own aspect.
 
-    `area` 0 or None keeps its own size but for the snapping, which keeps an edit in register.
+    `area` 0 or None keeps every pixel in its place: the size is the next one that holds it, and
+    the reference is padded, not resized.
     """
     if width < 1 or height < 1:
         raise ValueError(
             f"A reference of {width} x {height} pixels is empty; give one with pixels in it."
         )
     if not area:
-        return snap(width, STEP), snap(height, STEP)
+        return -(-width // STEP) * STEP, -(-height // STEP) * STEP
     return at_area(width, height, area, STEP)
 
 

@@ -10,18 +10,14 @@ Names and shapes are the published ones (diffusers' `AutoencoderKLQwenImage21`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....quant.operations import TORCH, Operations
+from ....quant.operations import Operations
 from ...strips import Stage, Whole
-from ...wan_vae import MidBlock, PixelNorm, Resample, ResBlock, Run, VAEError, WanVAE
+from ...wan_vae import DownPath, Resample, ResBlock, UpPath, VAEError, WanVAE, check_lengths
 from .configs import LATENTS_MEAN, LATENTS_STD
 
 
@@ -41,17 +37,8 @@ class VAEConfig:
     in_channels: int = 4
 
     def __post_init__(self) -> None:
+        check_lengths(self)
         mult, halvings = self.dim_mult, len(self.temporal_downsample)
-        if halvings != len(mult) - 1:
-            raise VAEError(
-                f"A VAE of {len(mult)} stages needs {len(mult) - 1} values of temporal_downsample, "
-                f"but was given {halvings}."
-            )
-        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            raise VAEError(
-                f"A VAE of {self.z_dim} latent channels needs as many values of latents_mean and "
-                f"latents_std, but was given {len(self.latents_mean)} and {len(self.latents_std)}."
-            )
         for i, (a, b) in enumerate(zip((1, *mult), mult, strict=False)):
             if max(a, b) % min(a, b) or b // a not in ((0, 1, 2, 4) if i < halvings else (0, 1)):
                 raise VAEError(
@@ -168,77 +155,36 @@ class UpBlock(nn.Module):
         return Stage(self, 2.0, lag, max(work, self.dim + 9 * self.out_dim), thin)
 
 
-class Encoder(nn.Module):
+class Encoder(DownPath):
     """(B, in_channels, H, W) -> (B, 2 z_dim, H / f, W / f): mean and log variance."""
 
     def __init__(self, config: VAEConfig, ops: Operations, **kw) -> None:
-        super().__init__()
-        self.folded = config.folded
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         down = [True] * (len(config.dim_mult) - 1) + [False]
         temporal = [*config.temporal_downsample, False]
-        self.conv_in = ops.Conv2d(config.folded, widths[0], 3, padding=1, **kw)
-        self.down_blocks = nn.ModuleList(
+        blocks = (
             DownBlock(*stage, config.num_res_blocks, ops, **kw)
             for stage in zip(widths[:-1], widths[1:], down, temporal, strict=True)
         )
-        self.mid_block = MidBlock(widths[-1], ops, **kw)
-        self.norm_out = PixelNorm(widths[-1], 3, **kw)
-        self.conv_out = ops.Conv2d(widths[-1], config.z_dim * 2, 3, padding=1, **kw)
-
-    def stages(self) -> list[Stage]:
-        """What runs before the attention, and can run in strips."""
-        first, *stages = (block.stage() for block in cast("Iterable[DownBlock]", self.down_blocks))
-        thin = min(first.thin, self.folded)
-        return [replace(first, run=self._start, lag=first.lag + 1, thin=thin), *stages]
-
-    def _start(self, x: Tensor, layers: Whole) -> Tensor:
-        return self.down_blocks[0](layers.conv(self.conv_in, x), layers)
-
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        x = self.mid_block(run(self.stages(), x))
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        super().__init__(config.folded, widths, config.z_dim, blocks, ops, **kw)
 
 
-class Decoder(nn.Module):
+class Decoder(UpPath):
     """(B, z_dim, h, w) -> (B, in_channels, h f, w f)."""
 
     def __init__(self, config: VAEConfig, ops: Operations, **kw) -> None:
-        super().__init__()
         mult = config.dim_mult[::-1]
         widths = [config.decoder_base_dim * m for m in (mult[0], *mult)]
         up = [True] * (len(mult) - 1) + [False]
         temporal = [*config.temporal_downsample[::-1], False]
-        self.conv_in = ops.Conv2d(config.z_dim, widths[0], 3, padding=1, **kw)
-        self.mid_block = MidBlock(widths[0], ops, **kw)
-        self.up_blocks = nn.ModuleList(
+        blocks = (
             UpBlock(*stage, config.num_res_blocks, ops, **kw)
             for stage in zip(widths[:-1], widths[1:], up, temporal, strict=True)
         )
-        self.norm_out = PixelNorm(widths[-1], 3, **kw)
-        self.conv_out = ops.Conv2d(widths[-1], config.folded, 3, padding=1, **kw)
-
-    def stages(self) -> list[Stage]:
-        """What runs after the attention, and can run in strips."""
-        *stages, last = (block.stage() for block in cast("Iterable[UpBlock]", self.up_blocks))
-        return [*stages, replace(last, run=self._finish, lag=last.lag + 1)]
-
-    def _finish(self, x: Tensor, layers: Whole) -> Tensor:
-        x = self.up_blocks[-1](x, layers)
-        return layers.conv(self.conv_out, F.silu(self.norm_out(x), inplace=True))
-
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        return run(self.stages(), self.mid_block(self.conv_in(x)))
+        super().__init__(config.folded, widths, config.z_dim, blocks, ops, **kw)
 
 
 class VAE(WanVAE):
     """Pictures (B, 4, H, W) in -1..1, alpha last, to and from normalised latents."""
 
-    def __init__(
-        self,
-        config: VAEConfig | None = None,
-        operations: Operations = TORCH,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(config or VAEConfig(), Encoder, Decoder, operations, device, dtype)
+    Config, Encoder, Decoder = VAEConfig, Encoder, Decoder

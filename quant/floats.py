@@ -1,0 +1,143 @@
+"""Weights in 8 and 4 bit floating-point numbers with scales: float8, mxfp8, nvfp4.
+
+float8: one scale for the weight (or for each output). mxfp8: a power of two for each 32 inputs (OCP
+Microscaling Formats 1.0). nvfp4: a float8 scale for each 16 inputs and one for all. Scales of the
+last two lie in files in tiles of 128 x 4 (cuBLAS, "block scaling factors layout").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layouts import ALL, Layout, LayoutError, Parts, Rows
+
+# E2M1: the 8 magnitudes of a 4-bit number; the top bit is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class Float8(Layout):
+    format = "float8_e4m3fn"
+    dtype = torch.float8_e4m3fn
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        scale = parts.scales("weight_scale").float() if parts.get("weight_scale") is not None else (
+            torch.ones(1, 1)
+        )  # fmt: skip
+        self.full = parts.setting("full_precision_matrix_mult", False)
+        self.keep(stored=parts.weight(self.dtype, self.shape[1]), scale=scale)
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        scale = self.scale if self.scale.numel() == 1 else self.scale[rows]
+        return self.stored[rows].float() * scale
+
+    @property
+    def native(self) -> str:
+        return "float8 products" if not self.full and _has_float8(self.stored.device) else ""
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """W x with x rounded to float8 by rows, on cards that multiply float8 (sm 8.9 and up)."""
+        rows = x.numel() // x.shape[-1]
+        fits = self.shape[0] % 16 == 0 and self.shape[1] % 16 == 0 and self.dtype == Float8.dtype
+        if not (fits and self.native and x.dtype == torch.bfloat16 and rows):
+            return None
+        flat = x.reshape(rows, -1)
+        own = (flat.abs().amax(dim=1, keepdim=True).float() / 448).clamp_min(1e-12)
+        narrow = (flat / own).clamp(-448, 448).to(self.dtype)
+        scale = self.scale.reshape(1, -1).expand(1, self.shape[0]).contiguous()
+        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            narrow, self.stored.t(), scale_a=own, scale_b=scale, out_dtype=torch.bfloat16
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+
+class Float8E5M2(Float8):
+    format = "float8_e5m2"
+    dtype = torch.float8_e5m2
+
+
+def _has_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class MXFloat8(Layout):
+    format = "mxfp8"
+    exponent: Tensor
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        parts.needs_multiple(32, "groups of")
+        scale = parts.need("weight_scale", torch.uint8)
+        self.keep(
+            stored=parts.weight(torch.float8_e4m3fn, self.shape[1]),
+            exponent=parts.cut(untiled(scale, parts.out, self.shape[1] // 32)).contiguous(),
+        )
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        scale = torch.exp2(self.exponent[rows].float() - 127)
+        return _grouped(self.stored[rows].float(), scale)
+
+
+class NVFloat4(Layout):
+    """Two numbers in a byte, the first in its upper half. `smooth` (in,) multiplies the inputs."""
+
+    format = "nvfp4"
+    whole: Tensor
+    smooth: Tensor | None
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        parts.needs_multiple(16, "groups of")
+        scale = parts.need("weight_scale", torch.float8_e4m3fn)
+        scale = untiled(scale.view(torch.uint8), parts.out, self.shape[1] // 16)
+        smooth = parts.get("pre_quant_scale")
+        if smooth is not None and smooth.numel() != self.shape[1]:
+            raise LayoutError(f"has pre_quant_scale of {tuple(smooth.shape)}")
+        self.keep(
+            stored=parts.weight(torch.uint8, self.shape[1] // 2),
+            scale=parts.cut(scale).contiguous().view(torch.float8_e4m3fn),
+            whole=parts.scalar("weight_scale_2"),
+            smooth=None if smooth is None else smooth.flatten().float(),
+        )
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        table = torch.tensor((*E2M1, *(-v for v in E2M1)), device=self.stored.device)
+        bytes = self.stored[rows]
+        codes = torch.stack((bytes >> 4, bytes & 15), dim=-1).flatten(-2)
+        return _grouped(table[codes.int()], self.whole * self.scale[rows].float())
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x if self.smooth is None else x * self.smooth.to(x.dtype)
+
+    def weight(self, rows: Rows = ALL) -> Tensor:
+        values = self.values(rows)
+        return values if self.smooth is None else values * self.smooth
+
+
+def _grouped(values: Tensor, scale: Tensor) -> Tensor:
+    """values (n, in) times scales (n, groups)."""
+    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
+def _padded(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // 128) * 128, -(-columns // 4) * 4
+
+
+def untiled(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) of scales that lie in tiles of 128 x 4, each as 32 x (4 x 4)."""
+    high, wide = _padded(rows, columns)
+    if scale.numel() != high * wide:
+        raise LayoutError(f"has scales of {tuple(scale.shape)}, needed are {high} x {wide}")
+    tiles = scale.reshape(high // 128, wide // 4, 32, 4, 4)  # tile, row in 32, row // 32, column
+    return tiles.permute(0, 3, 2, 1, 4).reshape(high, wide)[:rows, :columns]
+
+
+def tiled(scale: Tensor) -> Tensor:
+    """The inverse of `untiled`: bytes (rows, columns), filled up with zeros, in tiles."""
+    rows, columns = scale.shape
+    high, wide = _padded(rows, columns)
+    whole = scale.new_zeros(high, wide)
+    whole[:rows, :columns] = scale
+    tiles = whole.reshape(high // 128, 4, 32, wide // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(high, wide)

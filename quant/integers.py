@@ -1,0 +1,167 @@
+"""Weights in 8 and 4 bit integers: int8_tensorwise, convrot_w4a4, asym_w4a8_int8.
+
+int8: a scale for the weight or for each output. convrot_w4a4: packed pairs, a scale for each
+output. asym_w4a8_int8: codes of 4 bits (6 where rows are longer), which a scale for each group
+brings onto the int8 grid of the output, after a table of 16 levels or, without one, evenly spaced.
+The latter two are always rotated (`rotation`), int8 on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import int8_product
+from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .rotation import GROUP, is_group, rotate
+
+
+class _Rotated(Layout):
+    """A weight that may be stored rotated, in groups of `group` inputs (0: not)."""
+
+    group: int = 0
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return rotate(x, self.group) if self.group else x
+
+    def weight(self, rows: Rows = ALL) -> Tensor:
+        values = self.values(rows)
+        return rotate(values, self.group) if self.group else values
+
+    def read_group(self, parts: Parts) -> None:
+        group = parts.setting("convrot_groupsize", GROUP)
+        if not is_group(group):
+            raise LayoutError(f"has a rotation of {group}, which is no power of 4")
+        parts.needs_multiple(group, "rotation's groups of")
+        self.group = group
+
+
+class Int8(_Rotated):
+    format = "int8_tensorwise"
+    reorders = True
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        self.full = parts.setting("full_precision_matrix_mult", False)
+        if parts.setting("convrot", False):
+            self.read_group(parts)
+        self.keep(
+            stored=parts.weight(torch.int8, self.shape[1]),
+            scale=parts.scales("weight_scale").float().expand(self.shape[0], 1).contiguous(),
+        )
+        self.packed: int8_product.Packed | None = None
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        if self.packed is not None:
+            return self.packed.matrix()[rows] * self.scale[rows]
+        return self.stored[rows].float() * self.scale[rows]
+
+    def _on_cpu(self) -> bool:
+        return self.scale.device.type == "cpu" and not self.full and int8_product.on_cpu()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Layout:  # type: ignore[override]
+        if self.packed is not None and fn(self.scale).device.type != "cpu":
+            self.keep(stored=self.packed.matrix().to(torch.int8))
+            self.packed = None
+        return super()._apply(fn, recurse)
+
+    @property
+    def native(self) -> str:
+        on_card = self.scale.device.type == "cuda" and int8_product.fits(*self.shape)
+        return "int8 products" if self._on_cpu() or (on_card and not self.full) else ""
+
+    def product(self, x: Tensor) -> Tensor | None:
+        if not self.native:
+            return None
+        if not self._on_cpu():
+            return int8_product.on_card(self.inputs(x), self.stored, self.scale)
+        if self.packed is None:  # from now on it is kept as that product wants it, once
+            self.packed = int8_product.Packed(self.stored)
+            self.keep(stored=None)
+        return self.packed(self.inputs(x), self.scale)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + (self.shape[0] * self.shape[1] if self.packed is not None else 0)
+
+
+def pairs(packed: Tensor) -> Tensor:
+    """Bytes (n, k/2) as 4-bit codes 0..15 (n, k), the lower half of a byte first."""
+    packed = packed.view(torch.uint8)
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def signed(codes: Tensor) -> Tensor:
+    """4-bit codes 0..15 as the integers -8..7 that they stand for."""
+    return ((codes ^ 8).to(torch.int8) - 8).float()
+
+
+class Int4(_Rotated):
+    format = "convrot_w4a4"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        parts.needs_multiple(2, "pairs of")
+        self.read_group(parts)
+        self.keep(
+            stored=parts.weight(torch.int8, self.shape[1] // 2),
+            scale=parts.scales("weight_scale").float().expand(self.shape[0], 1).contiguous(),
+        )
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        return signed(pairs(self.stored[rows])) * self.scale[rows]
+
+
+class GroupedInt4(_Rotated):
+    format = "asym_w4a8_int8"
+    whole: Tensor
+    table: Tensor | None
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        self.read_group(parts)
+        width = self.shape[1]
+        self.size = parts.setting("group_size", 16)
+        parts.needs_multiple(self.size, "groups of")
+        scale = parts.scales("weight_s_rel", width // self.size)
+        if scale.dtype == torch.uint8:
+            scale = scale.contiguous().view(torch.float8_e4m3fn)
+        table = parts.get("weight_codebook")
+        stored = parts.need("weight", torch.int8)
+        self.bits = 6 if stored.shape[-1] * 8 == 6 * width else 4
+        stored = parts.weight(torch.int8, width * self.bits // 8)
+        if table is not None and (table.shape != (16,) or self.bits != 4):
+            raise LayoutError(
+                f"has a weight_codebook of {tuple(table.shape)}, needed are 16 levels"
+            )
+        self.keep(
+            stored=stored,
+            scale=scale.contiguous(),
+            whole=parts.scales("weight_s_channel").float().expand(self.shape[0], 1).contiguous(),
+            table=None if table is None else table.float(),
+        )
+
+    def integers(self, rows: Rows = ALL) -> Tensor:
+        """Rows on the int8 grid, in fp32."""
+        codes = codes_of(self.stored[rows], self.shape[1], self.bits)
+        if self.table is None:
+            levels = codes.float() - (1 << (self.bits - 1))
+        else:
+            levels = self.table[codes.int()]
+        scale = self.scale[rows].float()[..., None]
+        return (levels.unflatten(-1, (-1, self.size)) * scale).flatten(-2).round().clamp(-127, 127)
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        return self.integers(rows) * self.whole[rows]
+
+
+def codes_of(stored: Tensor, width: int, bits: int) -> Tensor:
+    """Codes (n, width) of packed rows; of 6 bits, the upper two follow the lower four in a row."""
+    stored = stored.view(torch.uint8)
+    codes = pairs(stored[:, : width // 2])
+    if bits == 4:
+        return codes
+    high = stored[:, width // 2 :, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return codes | ((high & 3).flatten(-2) << 4)

@@ -1,0 +1,140 @@
+"""SVDQuant (arXiv:2411.05007) as Nunchaku's files have it: 4 bits and a branch of low rank.
+
+    y = W4 (x / smooth) + up (down x)
+
+The file's tensors lie as the tensor cores of its engine read them: tiles of 128 outputs by 64
+inputs, dealt out to the 32 lanes of a warp (deepcompressor, backend/nunchaku). Here they are put
+in order once, in as many bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .floats import E2M1
+from .integers import pairs, signed
+from .layouts import ALL, Layout, LayoutError, Parts, Rows
+
+TILE = 128
+
+
+def weight_in_order(packed: Tensor) -> Tensor:
+    """Bytes (out, in / 2); two neighbouring inputs in a byte, the first in its lower half."""
+    out, half = packed.shape
+    tiles = packed.reshape(out // TILE, half // 32, 8, 8, 4, 2, 2, 4)
+    return tiles.permute(0, 2, 5, 3, 1, 6, 4, 7).reshape(out, half)
+
+
+def scales_in_order(packed: Tensor, out: int) -> Tensor:
+    """16-bit numbers for outputs and groups: (groups, out) in the file -> (out, groups)."""
+    tiles = packed.reshape(out // TILE, -1, 8, 4, 2, 2)
+    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(out, -1)
+
+
+def small_scales_in_order(packed: Tensor, out: int) -> Tensor:
+    """The float8 scales of nvfp4's groups of 16: -> (out, groups)."""
+    tiles = packed.reshape(out // TILE, -1, 8, 4, 4, 4)
+    return tiles.permute(0, 4, 3, 2, 1, 5).reshape(out, -1)
+
+
+def branch_in_order(packed: Tensor, down: bool) -> Tensor:
+    """`proj_down` (in, rank) -> (rank, in), `proj_up` (out, rank) -> the same, in order."""
+    sides, rank = packed.shape
+    tiles = packed.reshape(sides // 16, rank // 16, 8, 4, 2, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
+    tiles = tiles.reshape(sides // 16, rank // 16, 16, 16)
+    if down:
+        return tiles.permute(1, 2, 0, 3).reshape(rank, sides)
+    return tiles.permute(0, 2, 1, 3).reshape(sides, rank)
+
+
+class SVDQuant(Layout):
+    format = "svdquant_int4"
+    reorders = True
+    group = 64
+    smooth: Tensor
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        width, out = self.shape[1], parts.out
+        stored, down, up = parts.need("weight"), parts.need("proj_down"), parts.need("proj_up")
+        smooth = parts.need("smooth_factor")
+        if out % TILE or width % TILE or stored.shape != (out, width // 2):
+            raise LayoutError(
+                f"has a weight of {tuple(stored.shape)} for {out} x {width}, in tiles"
+            )
+        shapes = (down.shape[0], up.shape[0], down.shape[1] - up.shape[1], smooth.numel())
+        if shapes != (width, out, 0, width) or down.shape[1] % 16:
+            raise LayoutError(f"has branches of {tuple(down.shape)} and {tuple(up.shape)}")
+        self.keep(
+            stored=parts.cut(weight_in_order(stored)),
+            smooth=scales_in_order(smooth, width).flatten(),
+            down=branch_in_order(down, down=True),
+            up=parts.cut(branch_in_order(up, down=False)),
+            **self.read_scales(parts),
+        )
+
+    def read_scales(self, parts: Parts) -> dict[str, Tensor | None]:
+        scale = parts.need("wscales")
+        if scale.numel() * self.group != parts.out * self.shape[1]:
+            raise LayoutError(f"has wscales of {tuple(scale.shape)}, for groups of {self.group}")
+        return {"scale": parts.cut(scales_in_order(scale, parts.out))}
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        codes = signed(pairs(self.stored[rows])).unflatten(-1, (-1, self.group))
+        return (codes * self.scale[rows].float()[..., None]).flatten(-2)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x / self.smooth.to(x.dtype)
+
+    def extra(self, x: Tensor, y: Tensor) -> Tensor:
+        linear = torch.nn.functional.linear
+        return y + linear(linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+    def weight(self, rows: Rows = ALL) -> Tensor:
+        return self.values(rows) / self.smooth.float() + self.up[rows].float() @ self.down.float()
+
+
+class SVDQuantFP4(SVDQuant):
+    format = "svdquant_nvfp4"
+    group = 16
+    whole: Tensor
+
+    def read_scales(self, parts: Parts) -> dict[str, Tensor | None]:
+        scale, out = parts.need("wscales", torch.float8_e4m3fn), parts.out
+        if scale.numel() * self.group != out * self.shape[1]:
+            raise LayoutError(f"has wscales of {tuple(scale.shape)}, for groups of {self.group}")
+        whole = torch.ones(out, 1)
+        if (channels := parts.get("wcscales")) is not None:
+            whole = scales_in_order(channels, out).float()
+        if parts.get("wtscale") is not None:
+            whole = whole * parts.scalar("wtscale")
+        return {
+            "scale": parts.cut(small_scales_in_order(scale.view(torch.uint8), out)).view(
+                torch.float8_e4m3fn
+            ),
+            "whole": parts.cut(whole),
+        }
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        table = torch.tensor((*E2M1, *(-v for v in E2M1)), device=self.stored.device)
+        levels = table[pairs(self.stored[rows]).int()].unflatten(-1, (-1, self.group))
+        return (levels * self.scale[rows].float()[..., None]).flatten(-2) * self.whole[rows]
+
+
+class Vector(Layout):
+    """A bias of such a layer, which lies in the order of its scales: (n, 1)."""
+
+    format = "svdquant_vector"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        numbers = parts.need("weight")
+        if parts.out % TILE or numbers.numel() != parts.out:
+            raise LayoutError(f"has {numbers.numel()} numbers, needed are {parts.out} in tiles")
+        self.keep(stored=parts.cut(scales_in_order(numbers.reshape(1, -1), parts.out)))
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        return self.stored[rows].float()
