@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ..model_loaders.family import Kind
@@ -20,12 +19,15 @@ from ..model_loaders.lora import open_lora
 from ..sampling.noise import image_seed
 from ..sampling.pipeline import Picture, Pipeline, Plan, Task
 from ..sampling.pipeline import check as check_task
+from ..sampling.prefix_store import PrefixStore
 from ..sampling.schedules import check_steps
 from ..sampling.sizes import parse_size
 from . import models, recipe
 from .pictures import FORMATS, PictureFile, png, read_picture, to_image, write_at, write_new
-from .recipe import Recipe, Source
+from .recipe import Recipe
+from .series import Series
 from .sheet import Tile, contact_sheet, thumbnail
+from .writer import Writer, in_layers
 
 Say = Callable[[str], None]
 
@@ -42,7 +44,9 @@ class Order:
     """What the user asked for. None: as the repeated picture has it, else as the checkpoint likes.
 
     `count` pictures are made of each prompt. `repeat` is a picture whose recipe is followed. Each
-    of `loras` is a path or a name, and after a colon a strength.
+    of `loras` is a path or a name, and after a colon a strength. `variant` is as for `load_dit`,
+    `layers` as in `Task`, `cache` as for `PrefixStore.of`. `series`: the prompts are those of a
+    set, as `plan_set` has it, which goes on behind its finished pictures `earlier`.
     """
 
     prompts: tuple[str, ...] = ()
@@ -57,8 +61,13 @@ class Order:
     seed: int | None = None
     sampler: str | None = None
     resolution: int | None = None
+    variant: str | None = None
+    layers: int | None = None
     count: int = 1
     device: str = "auto"
+    cache: str = "auto"
+    series: str | None = None
+    earlier: tuple[Path, ...] = ()
     out: Path = Path()
     sheet: bool = False
 
@@ -96,30 +105,43 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
     old = recipe.read_recipe(order.repeat) if order.repeat else None
     prompts = order.prompts or ((old.prompt,) if old else ())
     check(order, prompts)
-    target = target_of(order.out, len(prompts) * order.count)
+    series = Series(order, prompts) if order.series else None
+    target = target_of(order.out, series.left if series else len(prompts) * order.count)
     files = references_of(order, old)
-    loras = loras_of(order, old, say)
-    pipeline = load(weights_of(order, old, say), device_of(order.device), say, loras)
+    loras, store = loras_of(order, old, say), PrefixStore.of(order.cache)
+    variant = order.variant or (old.variant if old and order.weights.dit is None else None)
+    pipeline = load(weights_of(order, old, say), device_of(order.device), say, loras, variant)
+    pipeline.store = store
+    if layered(pipeline, order.layers) and target.file:
+        target = Target(target.folder, target.file.stem)
     seed = secrets.randbelow(1 << 32) if order.seed is None else order.seed
     wanted = replace(order, seed=old.seed if old and order.seed is None else seed)
-    tasks = [task_of(replace(wanted, prompts=(p,)), old, pipeline, files) for p in prompts]
+    orders = [replace(wanted, prompts=(p,)) for p in prompts]
+    orders = series.orders(wanted) if series else orders
+    tasks = [task_of(one, old, pipeline, files) for one in orders]
     plans = [plan_of(pipeline, task, old, order.repeat) for task in tasks]
     say(headline(pipeline, tasks, plans[0]))
     writer = Writer(pipeline, target.folder, files)
-    total = sum((len(plan.sigmas) - 1) * order.count for plan in plans)
+    total = sum((len(plan.sigmas) - 1) * tasks[0].count for plan in plans)
     tiles: list[Tile] = []
     with progress_bar(total) as bar:
         for task, plan in zip(tasks, plans, strict=True):
+            if series:
+                task = series.seen(task, plan)
+                writer.references = writer.sources((*files, *series.files))
             for made in pictures(pipeline, task, bar):
                 image = to_image(made.picture.pixels)
                 saved.append(target.save(writer.png(task, plan, made.picture, image)))
                 say(f"{saved[-1]}  ({made.seconds:.1f} s, {made.per_step:.3g} s/it)")
+                if series:
+                    series.add(saved[-1])
                 if order.sheet:
                     note = f"{saved[-1].name}, seed {made.picture.seed}"
                     tiles.append(Tile((thumbnail(image),), task.prompt, note))
     if tiles:
         saved.append(write_new(target.folder, f"{target.stem}_sheet", png(contact_sheet(tiles))))
         say(f"{saved[-1]}  (contact sheet)")
+    say(f"Prompts and references {store.report()}.")
 
 
 def check(order: Order, prompts: Sequence[str]) -> None:
@@ -136,7 +158,8 @@ def check(order: Order, prompts: Sequence[str]) -> None:
     if order.size is not None:
         parse_size(order.size)
     known = {"sampler": order.sampler or "euler", "seed": order.seed or 0}
-    check_task(Task("", count=order.count, resolution=order.resolution, **known))
+    layers = Task.layers if order.layers is None else order.layers
+    check_task(Task("", count=order.count, resolution=order.resolution, layers=layers, **known))
 
 
 def target_of(out: Path, count: int) -> Target:
@@ -193,24 +216,10 @@ def loras_of(order: Order, old: Recipe | None, say: Say) -> tuple[tuple[Path, fl
         return recipe.find_loras(old, order.repeat, order.weights.comfyui)
     if order.loras and old and old.loras:
         say(f"Note: without {' and '.join(s.file for s in old.loras)}, as --lora says.")
-    found = tuple(lora_of(word, order.weights.comfyui) for word in order.loras)
+    found = tuple(models.lora_of(word, order.weights.comfyui) for word in order.loras)
     for path, _ in found:
         open_lora(path)  # a file that is none is told before any weight is read
     return found
-
-
-def lora_of(word: str, comfyui: Path | None) -> tuple[Path, float]:
-    """`style.safetensors:0.8` -> the file and 0.8; 1 where no number is said."""
-    name, colon, tail = word.rpartition(":")
-    try:
-        strength = float(tail) if colon and name else None
-    except ValueError:  # of a path with a colon in it
-        strength = None
-    if strength is None or Path(word).exists():
-        name, strength = word, 1.0
-    if not math.isfinite(strength):
-        raise OrderError(f"--lora {word}: the strength must be a number such as 0.8.")
-    return models.look_up("lora", name, comfyui), strength
 
 
 def device_of(name: str) -> torch.device:
@@ -233,11 +242,11 @@ def load(
     device: torch.device,
     say: Say,
     loras: Sequence[tuple[Path, float]] = (),
+    variant: str | None = None,
 ) -> Pipeline:
     """Load the three files and LoRAs; say what the user should know about them."""
-    pipeline = Pipeline.load(
-        paths["dit"], paths["vae"], paths["encoder"], device=device, loras=loras
-    )
+    files = paths["dit"], paths["vae"], paths["encoder"]
+    pipeline = Pipeline.load(*files, device=device, loras=loras, variant=variant)
     parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
     for licence in dict.fromkeys(part.licence for part in parts):
         if not licence.commercial:
@@ -249,6 +258,17 @@ def load(
         if lora.unmatched:
             say(f"Note: {lora.unmatched}")
     return pipeline
+
+
+def layered(pipeline: Pipeline, layers: int | None = None) -> bool:
+    """Whether it takes a picture apart. Raises OrderError for `layers` of one that does not."""
+    if in_layers(pipeline):
+        return True
+    if layers is not None:
+        raise OrderError(
+            f"--layers is for models that paint in layers, {pipeline.dit.checkpoint.name} is none."
+        )
+    return False
 
 
 def task_of(
@@ -269,6 +289,7 @@ def task_of(
         steps=order.steps,
         guidance=order.guidance,
         resolution=order.resolution,
+        layers=order.layers or (old.layers if old and old.layers else Task.layers),
     )
     if old is None or not same_dit(old, pipeline):  # another model has its own ways
         return task
@@ -301,8 +322,9 @@ def headline(pipeline: Pipeline, tasks: Sequence[Task], plan: Plan) -> str:
     number = len(tasks) * first.count
     what = "1 picture" if number == 1 else f"{number} pictures"
     seeds = f"seed {first.seed}"
-    if first.count > 1:
-        seeds = f"seeds {first.seed} to {image_seed(first.seed, first.count - 1)}"
+    last = image_seed(tasks[-1].seed, first.count - 1)
+    if last != first.seed:
+        seeds = f"seeds {first.seed} to {last}"
     shown = "".join(f", image {i} at {w} x {h}" for i, (w, h) in enumerate(plan.references, 1))
     loras = "".join(
         f" + {lora.checkpoint.name} at {strength:g}" for lora, strength in pipeline.loras.values()
@@ -339,43 +361,6 @@ def pictures(pipeline: Pipeline, task: Task, bar: Any) -> Iterator[Made]:
             "the device has not enough memory for this; make a smaller picture (--size), give "
             "fewer or smaller references (--resolution), or use --device cpu."
         ) from error
-
-
-class Writer:
-    """Turns finished pictures into PNG files with their recipe, for one folder."""
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        folder: Path,
-        files: Sequence[PictureFile] = (),
-    ) -> None:
-        parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
-        self.weights: dict[Kind, Source] = recipe.weights(parts, folder)
-        self.loras = recipe.loras(pipeline.loras, folder)
-        self.references = tuple(recipe.source(f.path, f.sha256, folder) for f in files)
-        self.made_with = recipe.made_with(pipeline.device)
-
-    def png(self, task: Task, plan: Plan, picture: Picture, image: Image.Image) -> bytes:
-        return png(image, {recipe.KEY: self.recipe(task, plan, picture.seed).text()})
-
-    def recipe(self, task: Task, plan: Plan, seed: int) -> Recipe:
-        return Recipe(
-            prompt=task.prompt,
-            negative=task.negative,
-            references=self.references,
-            size=plan.size,
-            steps=len(plan.sigmas) - 1,
-            guidance=plan.guidance,
-            seed=seed,
-            sampler=task.sampler,
-            sigmas=plan.sigmas,
-            schedule=plan.schedule,
-            resolution=task.resolution,
-            weights=self.weights,
-            made_with=self.made_with,
-            loras=self.loras,
-        )
 
 
 def _listing(words: Any) -> str:

@@ -63,6 +63,7 @@ class KSampler(io.ComfyNode):
         start = Plain().fit(model, latent_image)
         sigmas = simple_sigmas(shift_of(model), options["steps"], options["denoise"])
         kept = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
+        options["mask"] = latent_image.get("noise_mask")
         return io.NodeOutput(kept | {"samples": sampled(model, start, sigmas, options)})
 
 
@@ -79,6 +80,7 @@ def sampled(model: Any, start: Tensor, sigmas: list[float], options: dict[str, A
     import torch
 
     from ..nodes.runtime import Prefix
+    from ..sampling.composite import free_of, locked
     from ..sampling.guidance import guided
     from ..sampling.noise import add_noise
     from ..sampling.samplers import sampler
@@ -101,8 +103,11 @@ def sampled(model: Any, start: Tensor, sigmas: list[float], options: dict[str, A
     done, steps = [], len(sigmas) - 1
     with torch.no_grad():
         for number, (latents, own) in enumerate(zip(start, noise, strict=True)):
-            x = add_noise(latents, own, sigmas[0])[None]
-            for state in sampler(options["sampler_name"])(velocity, x, sigmas):
+            x, follow = add_noise(latents, own, sigmas[0])[None], velocity
+            if options["mask"] is not None:
+                free = free_of(options["mask"], number, latents)
+                follow = locked(velocity, latents, own, free)
+            for state in sampler(options["sampler_name"])(follow, x, sigmas):
                 x = state.x
                 set_progress(number * steps + state.step, len(start) * steps)
             done.append(x)

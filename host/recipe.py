@@ -51,7 +51,10 @@ class LoraSource(Source):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that one picture depends on. `resolution` None: as the checkpoint likes it."""
+    """Everything that one picture depends on. `resolution` None: as the checkpoint likes it.
+
+    `variant` was chosen where the file does not say it; `layers` are of one that paints in layers.
+    """
 
     prompt: str
     negative: str
@@ -67,6 +70,8 @@ class Recipe:
     weights: Mapping[Kind, Source]
     made_with: Mapping[str, str]
     loras: tuple[LoraSource, ...] = ()
+    variant: str | None = None
+    layers: int | None = None
 
     def text(self) -> str:
         """As JSON; text stays readable, whatever its script."""
@@ -114,6 +119,8 @@ def _parsed(content: Any) -> Recipe:
         weights={kind: _source(weights.get(kind)) for kind in models.KINDS},
         made_with={str(k): str(v) for k, v in _typed(content, "made_with", dict).items()},
         loras=tuple(_lora(s) for s in _typed({"loras": [], **content}, "loras", list)),
+        variant=None if content.get("variant") is None else _typed(content, "variant", str),
+        layers=None if content.get("layers") is None else _typed(content, "layers", int),
     )
     if len(recipe.size) != 2 or len(recipe.sigmas) != recipe.steps + 1:
         raise ValueError("its size or its sigmas have the wrong length")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .control import SeedlingControlSignal
+from .detail import SeedlingDetailPass
 from .loaders import SeedlingLoadDiT, SeedlingLoadEncoder, SeedlingLoadVAE
 from .outputs import SeedlingImageSet
 from .prompt import SeedlingEncodeInstruction
+from .quantize import SeedlingQuantizeDiT
 from .references import SeedlingReferences
+from .region import SeedlingEditRegion, SeedlingFinishEdit, SeedlingPreservationReport
 from .sampling import SeedlingCanvasSize, SeedlingFewStepSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,6 +23,12 @@ NODES: list[type[io.ComfyNode]] = [
     SeedlingCanvasSize,
     SeedlingFewStepSampler,
     SeedlingImageSet,
+    SeedlingEditRegion,
+    SeedlingFinishEdit,
+    SeedlingPreservationReport,
+    SeedlingControlSignal,
+    SeedlingDetailPass,
+    SeedlingQuantizeDiT,
 ]
 
 

@@ -12,6 +12,7 @@ from ..model_loaders.load import Loaded
 from ..sampling import SamplingError
 from ..sampling.guidance import guided
 from ..sampling.pipeline import OPAQUE_ALPHA, OPAQUE_SHARE, known_ahead, rescaled
+from .kept import read, store_of
 
 # What changes how core calls a model; without all of it the model can be asked directly.
 HOOKS = (
@@ -65,9 +66,15 @@ class TextModel(nn.Module):
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, None, dict[str, Any]]:
         how = tokens.get("how", {})
-        read = self.seedling.module.encode(tokens["prompt"], tokens["images"], **how)
-        extra = {"slots": read.slots.to(self.output), "reference_latents": []}
-        return read.hidden.to(self.output), None, extra
+        if tokens.get("kept"):
+            # Core notes here which patches the weights carry now.
+            patches = getattr(self, "current_weight_patches_uuid", None)
+            store_of(self.seedling).mark(self.seedling.module, patches)
+            found = read(self.seedling, tokens["prompt"], tokens["images"], how)
+        else:
+            found = self.seedling.module.encode(tokens["prompt"], tokens["images"], **how)
+        extra = {"slots": found.slots.to(self.output), "reference_latents": []}
+        return found.hidden.to(self.output), None, extra
 
 
 class Frames(nn.Module):
@@ -136,6 +143,13 @@ def directly(guider: Any, sigmas: Sequence[float]) -> Any:
     prefixes = [
         c["model_conds"]["prefix"].cond for name in named for c in guider.conds.get(name, [])
     ]
+    patcher = getattr(guider, "model_patcher", None)
+    replaced = any(n.startswith("diffusion_model") for n in getattr(patcher, "object_patches", ()))
+    if not replaced and getattr(patcher, "current_hooks", None) is None:
+        store = store_of(inner.seedling)  # core notes which patches the weights carry now
+        store.mark(inner.diffusion_model, getattr(inner, "current_weight_patches_uuid", None))
+        for prefix in prefixes:
+            prefix.store = store
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         at = x.new_full((len(x),), sigma)

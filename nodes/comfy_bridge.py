@@ -1,33 +1,26 @@
 """Our networks as ComfyUI's objects: a ModelPatcher, a CLIP and a VAE that core's nodes work with.
 
-The only file that imports `comfy`, and only when it is used. Classes that extend ComfyUI's are made
-inside functions for that reason. Written against ComfyUI 0.33.
+With `comfy_codecs.py` the only file that imports `comfy`, and only when it is used. Classes that
+extend ComfyUI's are made inside functions for that reason. Written against ComfyUI 0.33.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
-from ..quant.operations import Operations
+from ..model_loaders.load import Loaded, load_dit
 from ..sampling import SamplingError
+from ..sampling.detail import windowed
 from ..sampling.noise import batch_noise
 from ..sampling.samplers import sampler
 from ..sampling.schedules import shift_of
-from .adapters import (
-    Frames,
-    TextModel,
-    Words,
-    directly,
-    is_plain,
-    memory_factor,
-    without_alpha,
-)
+from .adapters import directly, is_plain, memory_factor
+from .comfy_codecs import load_clip, load_our_vae, operations
+from .kept import store_of
 from .lora_keys import Named, published, renaming
 from .runtime import Prefix, Report, Run, one_by_one, preview_of
 
@@ -55,6 +48,8 @@ class ComfyUI:
         self, clip: Any, prompt: str, images: list[Tensor], how: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         tokens = clip.tokenize(prompt, images=images, how=how)
+        # Hooks change weights unseen; nothing that they touched may be kept, or read from there.
+        tokens["kept"] = getattr(clip.patcher, "forced_hooks", None) is None
         (hidden, extra), *_ = clip.encode_from_tokens_scheduled(tokens)
         return hidden, extra["slots"]
 
@@ -129,34 +124,6 @@ class ComfyUI:
         context, server = get_executing_context(), getattr(PromptServer, "instance", None)
         if context is not None and server is not None:
             server.send_progress_text(text, context.node_id)
-
-
-def operations(compute: torch.dtype | None) -> Operations:
-    """Core's layers, which cast, patch and page their weights; `compute` is what embeddings give.
-
-    Linear and Embedding load weights in torch's way, so that they have some before: core's own way
-    leaves `weight` None until a file is read, and our loader checks names and shapes first.
-    """
-    import comfy.ops
-
-    class Linear(comfy.ops.manual_cast.Linear):
-        def _load_from_state_dict(self, *args: Any) -> None:
-            nn.Linear._load_from_state_dict(self, *args)
-
-    class Embedding(comfy.ops.manual_cast.Embedding):
-        def _load_from_state_dict(self, *args: Any) -> None:
-            nn.Embedding._load_from_state_dict(self, *args)
-
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input, out_dtype=compute or self.weight.dtype)
-
-    core = comfy.ops.manual_cast
-    return Operations(
-        "comfyui", Linear, core.Conv2d, core.LayerNorm, core.RMSNorm, Embedding, casts=True
-    )
-
-
-# ---- MODEL -------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -289,7 +256,10 @@ def flow_sampler(run: Run, loaded: Loaded | None) -> Any:
         ) -> Tensor:  # fmt: skip
             if is_plain(model_wrap, extra_args) and denoise_mask is None and loaded is not None:
                 velocity = directly(model_wrap, run.sigmas)
-                return one_by_one(velocity, run, latent_image, loaded)
+                try:
+                    return one_by_one(velocity, run, latent_image, loaded)
+                finally:
+                    store_of(loaded).trim()
             inner = comfy.samplers.KSAMPLER(through_core)
             return inner.sample(
                 model_wrap, sigmas, extra_args, None, noise, latent_image, denoise_mask
@@ -301,106 +271,10 @@ def flow_sampler(run: Run, loaded: Loaded | None) -> Any:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return (x - model(x, x.new_full((len(x),), sigma), **extra_args)) / sigma
 
-        for state in sampler(run.sampler)(velocity, x, run.sigmas):
+        follow = velocity if run.window is None else windowed(velocity, *run.window)
+        for state in sampler(run.sampler)(follow, x, run.sigmas):
             x = state.x
             run.report(state.step, state.total, preview_of(loaded, state.denoised))
         return x
 
     return FlowSampler()
-
-
-# ---- CLIP --------------------------------------------------------------------------------------
-
-
-def load_clip(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
-    """A CLIP around our text encoder."""
-    import comfy.model_management as memory
-    import comfy.model_patcher as patching
-    import comfy.sd
-
-    device = memory.text_encoder_device()
-    core = [Path(comfy.sd.__file__).with_name("text_encoders") / "qwen25_tokenizer"]
-    loaded = load_encoder(
-        path, operations=operations(arithmetic(device)), dtype=dtype, tokenizer_paths=core
-    )
-    clip = comfy.sd.CLIP(no_init=True)
-    clip.cond_stage_model = TextModel(loaded, memory.intermediate_device())
-    clip.tokenizer = Words()
-    kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
-    clip.patcher = kind(
-        clip.cond_stage_model,
-        load_device=device,
-        offload_device=memory.text_encoder_offload_device(),
-    )
-    clip.patcher.is_clip = True
-    clip.patcher.cached_patcher_init = (clip_patcher, (path, dtype))
-    clip.layer_idx, clip.apply_hooks_to_conds = None, None
-    clip.use_clip_schedule, clip.tokenizer_options = False, {}
-    return clip
-
-
-def clip_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
-    return load_clip(path, dtype, disable_dynamic).patcher
-
-
-def arithmetic(device: torch.device) -> torch.dtype | None:
-    """What to compute in: fp32 on a CPU, elsewhere what the weights are."""
-    return torch.float32 if device.type == "cpu" else None
-
-
-# ---- VAE ---------------------------------------------------------------------------------------
-
-
-def load_our_vae(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
-    """A VAE around ours, with alpha where a picture has any."""
-    import comfy.model_management as memory
-    import comfy.model_patcher as patching
-    import comfy.sd
-
-    class VAE(comfy.sd.VAE):
-        def __init__(self, loaded: Loaded, dtype: torch.dtype) -> None:
-            config, self.size = loaded.config, None
-            self.first_stage_model = Frames(loaded)
-            self.device, self.vae_dtype = memory.vae_device(), dtype
-            self.output_device, self.working_dtypes = memory.intermediate_device(), [dtype]
-            kind = patching.ModelPatcher if disable_dynamic else patching.CoreModelPatcher
-            self.patcher = kind(
-                self.first_stage_model,
-                load_device=self.device,
-                offload_device=memory.vae_offload_device(),
-            )
-            self.downscale_ratio = self.upscale_ratio = config.factor
-            self.latent_channels, self.output_channels = config.z_dim, config.in_channels
-            self.latent_dim, self.pad_channel_value = 2, 1.0  # a picture without alpha is opaque
-            self.crop_input = self.handles_tiling = True
-            self.disable_offload = self.not_video = False
-            self.downscale_index_formula = self.upscale_index_formula = None
-            self.extra_1d_channel = self.format_encoded = None
-            self.audio_sample_rate = 44100
-            self.process_input = lambda image: image * 2.0 - 1.0
-            self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-            # Large layers run in strips of about 1 GiB, which twice over is enough, where they can.
-            most = 2 << 30 if getattr(loaded.module, "runs_in_strips", True) else 1 << 62
-            self.memory_used_encode = lambda shape, kind: min(most, 8192 * shape[2] * shape[3])
-            self.memory_used_decode = lambda shape, kind: min(
-                most, 8192 * config.factor**2 * shape[2] * shape[3]
-            )
-
-        def decode(self, *args: Any, **kwargs: Any) -> Tensor:
-            return without_alpha(super().decode(*args, **kwargs))
-
-        def decode_tiled(self, *args: Any, **kwargs: Any) -> Tensor:
-            return without_alpha(super().decode_tiled(*args, **kwargs))
-
-    device = memory.vae_device()
-    dtype = dtype or memory.vae_dtype(device, [torch.bfloat16, torch.float32])
-    if device.type == "cpu":
-        dtype = torch.float32
-    loaded = load_vae(path, operations=operations(None), dtype=dtype)
-    vae = VAE(loaded, dtype)
-    vae.patcher.cached_patcher_init = (vae_patcher, (path, dtype))
-    return vae
-
-
-def vae_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
-    return load_our_vae(path, dtype, disable_dynamic).patcher

@@ -22,10 +22,12 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "as stored": None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "auto": None,
 }
 PRECISION = (
-    "How exactly the weights are kept. as stored: as in the file, the best choice. fp32: twice the "
-    "memory of 16 bits, for a CPU or to compare. bf16: half the memory of 32 bits."
+    "How exactly the weights are kept. auto, as stored: as in the file, quantized ones too, and "
+    "multiplied as this machine does it best, which the node tells. fp32: twice the memory of 16 "
+    "bits, for a CPU or to compare. bf16: half the memory of 32 bits."
 )
 
 SAID = "as the file says"
@@ -110,11 +112,23 @@ class SeedlingLoadVAE(io.ComfyNode):
 
 
 def combo(kind: str, tooltip: str) -> Any:
-    """The files of a kind's folder, after the embedded model, which is always there."""
+    """The embedded model, which is always there, the files of a kind's folder, then all-in-one
+    checkpoints, of which each loader takes its part."""
     import folder_paths
 
-    names = [EMBEDDED, *folder_paths.get_filename_list(FOLDERS[kind])]
+    lists = (folder_paths.get_filename_list(folder) for folder in (FOLDERS[kind], "checkpoints"))
+    found = [name for names in lists for name in names] + ggufs(FOLDERS[kind])
+    names = list(dict.fromkeys([EMBEDDED, *(n for n in found if "mmproj" not in n.lower())]))
     return io.Combo.Input(kind, options=names, default=EMBEDDED, tooltip=tooltip)
+
+
+def ggufs(folder: str) -> list[str]:
+    """GGUF files of a kind's folder, which ComfyUI itself does not list."""
+    import folder_paths
+
+    roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
+    found = ((root, file) for root in roots for file in root.rglob("*.gguf"))
+    return sorted(str(file.relative_to(root)) for root, file in found)
 
 
 def variants() -> list[str]:
@@ -141,7 +155,8 @@ def path_of(kind: str, name: str) -> Path:
     import folder_paths
 
     if name != EMBEDDED:
-        return Path(folder_paths.get_full_path_or_raise(FOLDERS[kind], name))
+        own = folder_paths.get_full_path(FOLDERS[kind], name)
+        return Path(own or folder_paths.get_full_path_or_raise("checkpoints", name))
     path = ASSETS / FOLDERS[kind] / "seedling-tiny.safetensors"
     if not path.is_file():
         raise CheckpointError(

@@ -13,6 +13,7 @@ from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
 from ..sampling import SamplingError
 from ..sampling.guidance import guided
 from ..sampling.pipeline import as_pixels, finished, known_ahead, rescaled
+from .kept import read, store_of
 from .runtime import Prefix, Report, Run, one_by_one
 
 LOADERS = {"dit": load_dit, "encoder": load_encoder, "vae": load_vae}
@@ -33,8 +34,8 @@ class Plain:
     def read(
         self, clip: Loaded, prompt: str, images: list[Tensor], how: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        read = clip.module.encode(prompt, images, **how)
-        return read.hidden, read.slots
+        found = read(clip, prompt, images, how)
+        return found.hidden, found.slots
 
     def encode(self, vae: Loaded, image: Tensor) -> Tensor:
         channels = vae.config.in_channels
@@ -61,12 +62,8 @@ class Plain:
             )
         return samples
 
+    @torch.no_grad()
     def sample(self, model: Loaded, run: Run) -> Tensor:
-        if run.mask is not None:
-            raise SamplingError(
-                "the latent has a noise mask, which this host does not follow; remove it, or run "
-                "the workflow in ComfyUI."
-            )
         if len(run.positive) != 1 or len(run.negative) > 1:
             raise SamplingError(
                 "several conditionings were combined, which this host cannot follow; connect one, "
@@ -74,9 +71,12 @@ class Plain:
             )
         dit, room = model.module, run.latents.shape[-2] * run.latents.shape[-1]
         weighed = run.positive if run.guidance == 1 else [*run.positive, *run.negative]
-        prefixes = [
-            Prefix(conditioning, room).of(dit, "cpu", torch.float32) for conditioning in weighed
-        ]
+        store, prefixes = store_of(model), []
+        with store.reading():
+            for conditioning in weighed:
+                prefix = Prefix(conditioning, room)
+                prefix.store = store
+                prefixes.append(prefix.of(dit, "cpu", torch.float32))
 
         ahead = known_ahead(model, run.sigmas, torch.float32)
         rescale = rescaled(model)
@@ -87,8 +87,11 @@ class Plain:
             positive, *negative = (dit(x, t, prefix, *known).float() for prefix in prefixes)
             return guided(positive, negative[0], run.guidance, rescale) if negative else positive
 
-        with torch.no_grad():
+        try:
             return one_by_one(velocity, run, run.latents, model)
+        finally:
+            prefixes.clear()
+            store.trim()
 
     def progress(self, total: int) -> Report:
         from comfy_api.latest import ComfyAPISync

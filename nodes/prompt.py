@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..sampling import SamplingError
+from .kept import encoded, told
 from .references import ReferenceList, References, instruction
 from .runtime import Conditioning, Prefix, runtime
 
@@ -80,8 +82,10 @@ class SeedlingEncodeInstruction(io.ComfyNode):
         how = reading(model)
         positive = conditioning(clip, instruction(prompt, references), images, latents, how)
         other = conditioning(clip, negative, images, latents, how)
-        text = cost(positive, time.perf_counter() - start)
-        runtime().tell(text)
+        here = runtime()
+        known = told(here.loaded(clip), here.loaded(vae) if vae is not None else None)
+        text = f"{cost(positive, time.perf_counter() - start)}\n{known}"
+        here.tell(text)
         return io.NodeOutput(positive, other, ui=ui.PreviewText(text))
 
 
@@ -104,7 +108,8 @@ def shown(clip: Any, vae: Any, references: References | None) -> tuple[list[Tens
             "this CLIP cannot read references; connect the one from Load VLM Encoder."
         )
     images = references.sized(loaded.family)
-    latents = [here.encode(vae, image) for image in images]
+    encode = partial(here.encode, vae)
+    latents = [encoded(here.loaded(vae), image, encode) for image in images]
     given = [item.image for item in references.items]
     return given if loaded.family.encoder_resizes else images, latents
 

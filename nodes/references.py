@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..model_loaders.pictures import read_16_bit
 from ..sampling import SamplingError
+from ..sampling.composite import Edit
+from ..sampling.cost import Cost, costs
 from ..sampling.pipeline import with_margin
 from .runtime import runtime
 
@@ -26,43 +29,61 @@ ReferenceList = io.Custom("SEEDLING_REFERENCES")
 
 @dataclass(frozen=True)
 class Reference:
-    """`image` (H, W, 3 or 4) in 0..1; `name` and `role` are for the prompt."""
+    """`image` (H, W, 3 or 4) in 0..1; `name` and `role` are for the prompt.
+
+    It is brought to the area of a square of `side` pixels: 0 keeps its own, None is as the list is.
+    """
 
     image: Tensor
     name: str = ""
     role: str = ""
+    side: int | None = None
 
 
 @dataclass(frozen=True)
 class References:
-    """In their order. Each is brought to the area of a square of `side` pixels; 0 keeps its own."""
+    """In their order, in the area of a square of `side` pixels unless one says otherwise.
+
+    `edit` is the edit that the first one was prepared for.
+    """
 
     items: tuple[Reference, ...]
     side: int
+    edit: Edit | None = None
 
     def sized(self, family: Any) -> list[Tensor]:
         """The pictures in the sizes that the model reads."""
-        resize = with_margin if family.pads and self.side == 0 else family.resize
         return [
-            resize(item.image, size)
-            for item, size in zip(self.items, self.sizes(family), strict=True)
+            (with_margin if family.pads and side == 0 else family.resize)(item.image, size)
+            for item, side, size in zip(self.items, self.sides, self.sizes(family), strict=True)
         ]
 
     def sizes(self, family: Any) -> list[tuple[int, int]]:
         """Width and height of each, as the model reads it."""
-        shapes = [item.image.shape for item in self.items]
-        return [family.reference_size(s[1], s[0], self.side**2) for s in shapes]
+        return [
+            family.reference_size(item.image.shape[1], item.image.shape[0], side**2)
+            for item, side in zip(self.items, self.sides, strict=True)
+        ]
+
+    @property
+    def sides(self) -> list[int]:
+        return [self.side if item.side is None else item.side for item in self.items]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the list: a connected picture (`image_2`) or a file of the input folder."""
+    """A line of the list: a connected picture (`image_2`) or a file of the input folder.
+
+    So is `mask`. `side` is of the square whose area it is brought to, None as the list's.
+    """
 
     source: str
     name: str = ""
     role: str = ""
     strength: float = 1.0
     on: bool = True
+    side: int | None = None
+    mask: str = ""
 
 
 class SeedlingReferences(io.ComfyNode):
@@ -103,7 +124,8 @@ class SeedlingReferences(io.ComfyNode):
                     advanced=True,
                     tooltip="Order and settings as a JSON list. Empty: all connected pictures in "
                     'their order. Example: ["cat.png", {"image": "image_1", "name": "hat", "role": '
-                    '"style", "strength": 0.5, "on": false}], cat.png being in the input folder.',
+                    '"style", "strength": 0.5, "size": "own", "on": false}], cat.png being in the '
+                    "input folder.",
                 ),
                 io.Model.Input(
                     "model",
@@ -138,7 +160,9 @@ class SeedlingReferences(io.ComfyNode):
         if side is None:
             side = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
         found = References(gather(parse(strip), images or {}, masks or {}), side)
-        return io.NodeOutput(found, ui=ui.PreviewText(listing(found)))
+        text = listing(found, costs_of(found, model))
+        runtime().tell(text)
+        return io.NodeOutput(found, ui=ui.PreviewText(text))
 
 
 def parse(strip: str) -> list[Entry]:
@@ -179,6 +203,20 @@ def entry(value: Any, number: int) -> Entry:
         role=str(value.get("role", "")).strip(),
         strength=float(strength),
         on=bool(value.get("on", True)),
+        side=side_of(value.get("size", "model"), number),
+        mask=str(value.get("mask", "")).strip(),
+    )
+
+
+def side_of(value: Any, number: int) -> int | None:
+    """The side in pixels that a reference's own size means."""
+    if isinstance(value, str) and value in SIZES:
+        return SIZES[value]
+    if isinstance(value, int) and not isinstance(value, bool) and 32 <= value <= MAX_SIDE:
+        return value
+    raise SamplingError(
+        f"the size of reference {number} is {value}; give one of {', '.join(SIZES)}, or a number "
+        f"of pixels from 32 to {MAX_SIDE}, the side of a square of its area."
     )
 
 
@@ -200,15 +238,30 @@ def gather(
                 "connect a picture, or take it off the list."
             )
         batch = images[item.source] if connected else opened(item.source)[None]
-        mask = masks.get(item.source.replace("image", "mask")) if connected else None
+        mask = mask_of(item, masks)
         for picture in batch:
-            found.append(Reference(faded(picture, mask, item.strength), item.name, item.role))
+            seen = faded(picture, mask, item.strength)
+            found.append(Reference(seen, item.name, item.role, item.side))
     if len(found) > MAX_REFERENCES:
         raise SamplingError(
             f"{len(found)} references are on; the model takes at most {MAX_REFERENCES}. Turn some "
             "off (a batch counts as several)."
         )
     return tuple(found)
+
+
+def mask_of(item: Entry, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask (1, h, w) of an entry: the one that it names, else that of its input."""
+    if not item.mask:
+        return masks.get(item.source.replace("image", "mask"))
+    if not re.fullmatch(r"mask_[0-9]+", item.mask):
+        return opened(item.mask)[..., :3].mean(dim=-1)[None]
+    if masks.get(item.mask) is None:
+        raise SamplingError(
+            f"the list of references names {item.mask}, but nothing is connected there; connect a "
+            "mask, or take it off the list."
+        )
+    return masks[item.mask]
 
 
 def number_of(name: str) -> int:
@@ -239,6 +292,9 @@ def opened(name: str) -> Tensor:
                     f"{name} is {image.size[0]} x {image.size[1]} pixels; at most {MAX_SIDE} a "
                     "side are read."
                 )
+            deep = read_16_bit(path_of(name))
+            if deep is not None:
+                return deep
             upright = ImageOps.exif_transpose(image)
             has_alpha = "A" in upright.getbands() or "transparency" in upright.info
             pixels = np.array(upright.convert("RGBA" if has_alpha else "RGB"))
@@ -268,7 +324,8 @@ def path_of(name: str) -> Path:
 def fingerprint(strip: str) -> str:
     """Changes when a file of the list does; what is wrong with the list is said when it runs."""
     try:
-        files = [e.source for e in parse(strip) if not re.fullmatch(r"image_[0-9]+", e.source)]
+        named = [name for e in parse(strip) for name in (e.source, e.mask) if name]
+        files = [name for name in named if not re.fullmatch(r"(image|mask)_[0-9]+", name)]
         stats = [(name, path_of(name).stat()) for name in files]
     except (SamplingError, OSError):
         return strip
@@ -285,12 +342,32 @@ def instruction(prompt: str, references: References | None) -> str:
     return " ".join([prompt, *roles])
 
 
-def listing(references: References) -> str:
+def costs_of(references: References, model: Any) -> list[Cost]:
+    """What each costs a run of `model`; nothing without one of ours."""
+    loaded = runtime().loaded(model)
+    if loaded is None or not references.items:
+        return []
+    weight = next(loaded.module.parameters())
+    device = getattr(model, "load_device", weight.device)  # of ComfyUI's MODEL
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kept = getattr(loaded.module, "stores", False)
+    sizes = references.sizes(loaded.family)
+    return costs(loaded.module, sizes, loaded.family.pixels_per_token, kept, device, dtype)
+
+
+def listing(references: References, each: Sequence[Cost] = ()) -> str:
+    """A line for each reference, and what all of them cost together."""
     if not references.items:
         return "no references"
-    return "\n".join(
+    lines = [
         f"image {n}: {item.image.shape[1]} x {item.image.shape[0]}"
         + (f" @{item.name}" if item.name else "")
         + (f", {item.role}" if item.role else "")
         for n, item in enumerate(references.items, start=1)
-    )
+    ]
+    if each:
+        lines = [f"{line}: {cost.text()}" for line, cost in zip(lines, each, strict=True)]
+    if len(each) > 1:
+        total = Cost(*(sum(values) for values in zip(*map(astuple, each), strict=True)))
+        lines.append(f"together {total.text()}")
+    return "\n".join(lines)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..model_loaders.load import Loaded
 from ..sampling import SamplingError
+from ..sampling.composite import free_of, locked
+from ..sampling.detail import Window, windowed
 from ..sampling.noise import add_noise, noise
 from ..sampling.samplers import Model, sampler
 
@@ -27,7 +29,8 @@ class Run:
     """One sampling. `sigmas` fall to where the latents are wanted, 0 for a finished picture.
 
     `latents` (B, C, h, w) are what sampling starts from, zeros for a new picture; image k has the
-    noise of `seed` + k. `mask` (B, H, W), 1 where something may change.
+    noise of `seed` + k. `mask` (B, H, W), 1 where something may change. `window`: size and overlap
+    (height, width) in latents of the windows that the model is asked in, None for all at once.
     """
 
     positive: Conditioning
@@ -38,6 +41,7 @@ class Run:
     guidance: float = 1.0
     sampler: str = "euler"
     mask: Tensor | None = None
+    window: tuple[Window, Window] | None = None
     report: Report = field(default=lambda done, total, preview: None)
 
 
@@ -107,7 +111,10 @@ def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -
     for k, start in enumerate(latents):
         own = noise(run.seed, k, start.shape, start.device)
         x = add_noise(start, own, run.sigmas[0])[None]
-        for state in sampler(run.sampler)(model, x, run.sigmas):
+        follow = model if run.window is None else windowed(model, *run.window)
+        if run.mask is not None:
+            follow = locked(follow, start, own, free_of(run.mask, k, start))
+        for state in sampler(run.sampler)(follow, x, run.sigmas):
             x = state.x
             preview = preview_of(loaded, state.denoised)
             run.report(k * state.total + state.step, count * state.total, preview)
@@ -152,7 +159,8 @@ class Prefix:
                 f"the conditioning has {self.hidden.shape[1]} tokens, but was encoded with "
                 f"{len(self.slots)}; use it as Encode Instruction gives it, without concatenating."
             )
-        self.room = room
+        self.room = extra.get("room", room)  # less, where the target is painted in windows
+        self.store: Any = None  # a PrefixStore, where nothing stands between us and the network
         self._computed: Any = None
 
     @property
@@ -166,12 +174,14 @@ class Prefix:
         if self._computed is None:
             # Any conditioning may say how strong; only some networks read it.
             read = self.guidance is not None and getattr(dit.config, "guided", False)
+            kept = self.store is not None and getattr(dit, "stores", False)
             self._computed = dit.prefix(
                 self.hidden.to(device, dtype),
                 self.slots.to(device),
                 [x.to(device, dtype) for x in self.references],
                 self.room,
                 **({"guidance": self.guidance} if read else {}),
+                **({"store": self.store} if kept else {}),
             )
         return self._computed
 

@@ -15,7 +15,8 @@ from ..model_loaders.pictures import at_area
 from ..sampling import SamplingError
 from ..sampling.samplers import SAMPLERS
 from ..sampling.schedules import sigmas_for
-from ..sampling.sizes import parse_size
+from ..sampling.sizes import described, grid, parse_size
+from .kept import cache_input, told, use
 from .references import ReferenceList, References
 from .runtime import Conditioning, Run, runtime
 
@@ -71,8 +72,12 @@ class SeedlingCanvasSize(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output("latent", "latent", tooltip="An empty latent, for a sampler."),
-                io.Int.Output("width", "width", tooltip="Width in pixels."),
-                io.Int.Output("height", "height", tooltip="Height in pixels."),
+                io.Int.Output(
+                    "width", "width", tooltip="Width in pixels, as asked for. For Finish Edit."
+                ),
+                io.Int.Output(
+                    "height", "height", tooltip="Height in pixels, as asked for. For Finish Edit."
+                ),
             ],
         )
 
@@ -81,12 +86,15 @@ class SeedlingCanvasSize(io.ComfyNode):
         cls, preset: str, shape: str, batch_size: int, model: Any = None,
         references: References | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        width, height = canvas(preset, shape, runtime().loaded(model), references)
-        # A reference whose size is kept may end between two latents: the picture is padded there.
-        rows, columns = -(-height // FACTOR), -(-width // FACTOR)
+        loaded = runtime().loaded(model)
+        width, height = canvas(preset, shape, loaded, references)
+        # What is asked for in pixels may end between two steps: the picture is padded there.
+        padded, _ = grid(width, height, loaded.family.step if loaded else STEP)
+        rows, columns = -(-padded.height // FACTOR), -(-padded.width // FACTOR)
         samples = torch.zeros(batch_size, CHANNELS, rows, columns)
         latent = {"samples": samples, "downscale_ratio_spacial": FACTOR}
-        text = f"{width} x {height} pixels"
+        token = loaded.family.pixels_per_token if loaded else FACTOR
+        text = described(width, height, (padded.width, padded.height), token)
         runtime().tell(text)
         return io.NodeOutput(latent, width, height, ui=ui.PreviewText(text))
 
@@ -94,7 +102,7 @@ class SeedlingCanvasSize(io.ComfyNode):
 def canvas(
     preset: str, shape: str, loaded: Loaded | None, references: References | None
 ) -> tuple[int, int]:
-    """Width and height in pixels, multiples of what the model can make."""
+    """Width and height in pixels: multiples of what the model can make, unless written so."""
     own = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
     side, step = PRESETS[preset] or own, loaded.family.step if loaded else STEP
     if not shape.strip() and references and references.items:
@@ -107,8 +115,7 @@ def canvas(
         height, width = references.items[0].image.shape[:2]
         return at_area(width, height, side**2, step)
     size = parse_size(shape.strip() or "1:1", side**2, step)
-    # Down or up to whole steps, never to 0: what is asked for in pixels may lie between them.
-    return tuple(max(round(s / step), 1) * step for s in (size.width, size.height))  # type: ignore[return-value]
+    return size.width, size.height
 
 
 class SeedlingFewStepSampler(io.ComfyNode):
@@ -146,6 +153,7 @@ class SeedlingFewStepSampler(io.ComfyNode):
                     optional=True,
                     tooltip="A schedule of your own. It replaces steps and denoise.",
                 ),
+                cache_input(),
             ],
             outputs=[
                 io.Latent.Output("latent", "latent", tooltip="For VAE Decode."),
@@ -156,13 +164,19 @@ class SeedlingFewStepSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, positive: Conditioning, latent: dict[str, Any],
-        negative: Conditioning | None = None, sigmas: Tensor | None = None, **settings: Any,
+        negative: Conditioning | None = None, sigmas: Tensor | None = None, cache: str = "auto",
+        **settings: Any,
     ) -> io.NodeOutput:  # fmt: skip
+        here = runtime()
+        loaded = here.loaded(model)
+        use(loaded, cache)
         run, text = prepared(model, (positive, negative), latent, Settings(**settings), sigmas)
         steps = len(run.latents) * max(1, len(run.sigmas) - 1)
-        run = replace(run, report=runtime().progress(steps))
+        run = replace(run, report=here.progress(steps))
         done = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-        done["samples"] = runtime().sample(model, run)
+        done["samples"] = here.sample(model, run)
+        text = "\n".join([text, *([told(loaded)] if loaded else [])])
+        here.tell(text)
         return io.NodeOutput(done, torch.tensor(run.sigmas), ui=ui.PreviewText(text))
 
 

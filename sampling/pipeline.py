@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ..quant.lora import Adapters
 from . import SamplingError
 from .guidance import guided
 from .noise import image_seed, noise
+from .prefix_store import PrefixStore
 from .samplers import State, sampler, steps_of
 from .schedules import sigmas_for
 from .sizes import grid
@@ -91,9 +94,14 @@ class Picture:
 
 
 class Pipeline:
-    """A DiT, a VAE and a text encoder of one family, ready to run."""
+    """A DiT, a VAE and a text encoder of one family, ready to run.
 
-    def __init__(self, dit: Loaded, vae: Loaded, encoder: Loaded) -> None:
+    `store` keeps what was computed of prompts and references from run to run.
+    """
+
+    def __init__(
+        self, dit: Loaded, vae: Loaded, encoder: Loaded, store: PrefixStore | None = None
+    ) -> None:
         for other in (vae, encoder):
             if other.family.name != dit.family.name:
                 raise SamplingError(
@@ -105,6 +113,9 @@ class Pipeline:
         self.family.check(dit, vae, encoder)
         self.loras: dict[Path, tuple[Lora, float]] = {}  # and their strengths
         self._adapters = Adapters(dit.module)
+        self.store = store or PrefixStore()
+        self._numbers: dict[Path, int] = {}
+        self._fresh = count(1)
 
     @classmethod
     def load(
@@ -116,15 +127,18 @@ class Pipeline:
         device: torch.device | str = "cpu",
         tokenizer_paths: Sequence[Path | str] = (),
         loras: Sequence[tuple[Path | str, float]] = (),
+        store: PrefixStore | None = None,
+        variant: str | None = None,
     ) -> Pipeline:
         """From three files; a folder of a whole diffusers pipeline serves as any of them.
 
-        `loras` as for `set_loras`.
+        `loras` as for `set_loras`, `variant` as for `load_dit`.
         """
         pipeline = cls(
-            load_dit(dit, device=device),
+            load_dit(dit, device=device, variant=variant),
             load_vae(vae, device=device),
             load_encoder(encoder, device=device, tokenizer_paths=tokenizer_paths),
+            store,
         )
         pipeline.set_loras(loras)
         return pipeline
@@ -148,11 +162,14 @@ class Pipeline:
         new = {path: load_lora(path, self.dit) for path in wanted if path not in old}
         for path in old.keys() - wanted.keys():
             self._adapters.remove(path)
+            del self._numbers[path]
         for path, lora in new.items():
             self._adapters.add(path, lora.branches, lora.vectors)
         for path, strength in wanted.items():
             self._adapters.set_strength(path, strength)
         self.loras = {path: ((old | new)[path], strength) for path, strength in wanted.items()}
+        # Numbered as they are read: a file that was read again may have changed.
+        self._numbers = {path: self._numbers.get(path) or next(self._fresh) for path in wanted}
 
     def plan(self, task: Task) -> Plan:
         """Sizes, sigmas and guidance of a task; SamplingError when it makes no sense."""
@@ -188,7 +205,14 @@ class Pipeline:
     def run(self, task: Task) -> Iterator[Progress | Picture]:
         """Make the pictures of `task`, one after the other, over one computed prefix."""
         plan = self.plan(task)
-        model = self._model(task, plan)
+        try:
+            yield from self._pictures(task, plan)
+        finally:
+            self.store.trim()
+
+    def _pictures(self, task: Task, plan: Plan) -> Iterator[Progress | Picture]:
+        with self.store.reading():
+            model = self._model(task, plan)
         width, height = plan.padded
         family, factor = self.family, self.family.pixels_per_latent
         frames = family.frames(self.dit, task.layers) if family.frames else 1
@@ -225,7 +249,14 @@ class Pipeline:
         resize = with_margin if self._keeps(task_side(task, self.dit)) else self.family.resize
         images = [resize(r, size) for r, size in zip(given, plan.references, strict=True)]
         channels, dtype = vae.config.in_channels, self._dtype(vae)
-        latents = [vae.module.encode(as_pixels(image, dtype, channels)) for image in images]
+
+        def encode(image: Tensor) -> Tensor:
+            return vae.module.encode(as_pixels(image, dtype, channels))
+
+        latents = [
+            self.store.recall("latents", vae.module, (image, dtype), partial(encode, image))
+            for image in images
+        ]
         return given if self.family.encoder_resizes else images, latents
 
     def _model(self, task: Task, plan: Plan) -> Any:
@@ -233,11 +264,13 @@ class Pipeline:
         device, dtype = self.compute
         images, latents = self._references(task, plan)
         dit, schedule = self.dit.module, self.dit.schedule
+        strengths = [(self._numbers[path], strength) for path, (_, strength) in self.loras.items()]
+        self.store.mark(dit, *sorted(strengths))
         read: dict[str, float] = {}
         if schedule is not None and schedule.embedded_guidance:
             read["guidance"] = plan.guidance
         prompts = [task.prompt, task.negative][: 1 if read or plan.guidance == 1 else 2]
-        settings = {"room": plan.tokens, "dtype": dtype, **read}
+        settings = {"room": plan.tokens, "dtype": dtype, "store": self.store, **read}
         prefixes = [
             self.family.prefix(dit, self.encoder.module, text, images, latents, **settings)
             for text in prompts

@@ -20,17 +20,19 @@ MAX_SIDE = 16384  # pixels, as in ComfyUI
 
 # What people call a shape -> width:height.
 WORDS: dict[str, str] = {
-    "square": "1:1", "avatar": "1:1", "album cover": "1:1",
+    "square": "1:1", "avatar": "1:1", "album cover": "1:1", "icon": "1:1", "sticker": "1:1",
     "方图": "1:1", "方形": "1:1", "正方形": "1:1", "头像": "1:1", "专辑封面": "1:1",
-    "portrait": "3:4", "竖图": "3:4", "竖版": "3:4",
-    "landscape": "4:3", "横图": "4:3", "横版": "4:3",
+    "图标": "1:1", "贴纸": "1:1",
+    "portrait": "3:4", "vertical": "3:4", "竖图": "3:4", "竖版": "3:4",
+    "landscape": "4:3", "horizontal": "4:3", "横图": "4:3", "横版": "4:3",
+    "feed": "4:5", "greeting card": "5:7", "贺卡": "5:7",
     "photo": "3:2", "postcard": "3:2", "照片": "3:2", "明信片": "3:2",
     "poster": "2:3", "book cover": "2:3", "海报": "2:3", "书籍封面": "2:3",
     "a4": "210:297",
-    "widescreen": "16:9", "slide": "16:9", "宽屏": "16:9", "幻灯片": "16:9",
+    "widescreen": "16:9", "slide": "16:9", "thumbnail": "16:9", "宽屏": "16:9", "幻灯片": "16:9",
     "wallpaper": "16:9", "desktop wallpaper": "16:9",
     "壁纸": "16:9", "电脑壁纸": "16:9", "桌面壁纸": "16:9",
-    "phone wallpaper": "9:16", "story": "9:16", "手机壁纸": "9:16", "竖屏": "9:16",
+    "phone wallpaper": "9:16", "story": "9:16", "reel": "9:16", "手机壁纸": "9:16", "竖屏": "9:16",
     "cinema": "21:9", "ultrawide": "21:9", "电影": "21:9", "超宽屏": "21:9",
     "panorama": "2:1", "全景": "2:1", "全景图": "2:1",
     "banner": "3:1", "横幅": "3:1",
@@ -139,6 +141,21 @@ def grid(width: int, height: int, multiple: int) -> tuple[Size, tuple[int, int, 
     check_sides(width, height)
     padded = Size(-(-width // multiple) * multiple, -(-height // multiple) * multiple)
     return padded, (0, 0, width, height)
+
+
+def described(width: int, height: int, padded: tuple[int, int], pixels_per_token: int) -> str:
+    """A size in words: pixels, shape, how many there are, and what the model paints for it."""
+    ratio = width / height
+    known = [Fraction(*map(int, shape.split(":"))) for shape in WORDS.values()]
+    near = min({*known, *(1 / k for k in known)}, key=lambda k: abs(math.log(k / ratio)))
+    shape = f"{near.numerator}:{near.denominator}"
+    if abs(math.log(near / ratio)) > 0.04:
+        shape = f"{ratio:.3g}:1" if ratio >= 1 else f"1:{1 / ratio:.3g}"
+    tokens = padded[0] * padded[1] // pixels_per_token**2
+    parts = [f"{width} x {height} pixels", shape, f"{width * height / 1e6:.1f} MP"]
+    if padded != (width, height):
+        parts.append(f"painted as {padded[0]} x {padded[1]}")
+    return " · ".join([*parts, f"{tokens} tokens"])
 
 
 def neighbours(length: float, multiple: int) -> tuple[int, int]:

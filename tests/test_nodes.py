@@ -80,7 +80,8 @@ def wire(info: dict[str, Any]) -> dict[str, Any]:
     fixed = ("input", "input_order", "output", "output_is_list", "output_name", "output_node")
     kept = json.loads(json.dumps({key: info[key] for key in (*fixed, "display_name", "category")}))
     for group in kept["input"].values():
-        for name, (_, options) in group.items():
+        for name, (_, *rest) in group.items():
+            options = rest[0] if rest else {}
             options.pop("tooltip", None)
             if name in ("dit", "encoder", "vae") and "options" in options:
                 del options["options"][1:]
@@ -284,14 +285,16 @@ def test_a_set_is_its_pictures(pack: Any, loaded: dict[str, Any], pipeline: Any)
         pack, "SeedlingCanvasSize", preset="model", shape="", batch_size=1, model=loaded["model"]
     )
     settings = {**KNOBS, "seed": 5, "count": 3, "prompts": "a red cat\n\nin a cup", **loaded}
-    (images,) = call(
+    images, sheet = call(
         pack, "SeedlingImageSet", latent=latent, seeing="references only", output="list", **settings
     )
     prompts = ("a red cat", "in a cup", "a red cat")
     for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         assert torch.equal(image[0], pictures(pipeline, prompt=prompt, seed=5 + k)[0])
+    assert sheet.shape == (1, 2 * 64 + 3 * 8, 2 * 64 + 3 * 8, 3)
+    assert torch.allclose(sheet[0, 8:72, 80:144], images[1][0])
     seeing = "the pictures before it"
-    (chained,) = call(
+    chained, _ = call(
         pack, "SeedlingImageSet", latent=latent, seeing=seeing, output="batch", **settings
     )
     assert torch.equal(chained[0][:1], images[0])
@@ -397,7 +400,7 @@ def test_a_file_that_changes_runs_again(pack: Any) -> None:
         ("1K", "", (1024, 1024)),
         ("2K", "16:9", (2848, 1600)),
         ("1K", "海报", (832, 1248)),
-        ("model", "1000x750", (992, 736)),
+        ("model", "1000x750", (1000, 750)),
         ("model", "", (64, 64)),
     ],
 )
@@ -408,7 +411,9 @@ def test_sizes_from_words(
         pack, "SeedlingCanvasSize", preset=preset, shape=shape, batch_size=2, model=loaded["model"]
     )
     assert (width, height) == size
-    assert latent["samples"].shape == (2, 64, height // 16, width // 16)
+    step = loaded["model"].family.step
+    padded = [-(-side // step) * step for side in (height, width)]
+    assert latent["samples"].shape == (2, 64, padded[0] // 16, padded[1] // 16)
 
 
 def test_sizes_from_a_reference(pack: Any, loaded: dict[str, Any]) -> None:

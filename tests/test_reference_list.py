@@ -153,3 +153,20 @@ def test_toggling_twice_changes_nothing(root: Path) -> None:
     assert off == [{"image": "a.png", "role": "style", "on": False}, entries[1]]
     assert on == [entries[0], {"image": "b.png"}]
     assert script([["toggled", off, 0]], root) == [entries]
+
+
+def test_a_setting_that_says_nothing_is_not_written(root: Path) -> None:
+    entries = [{"image": "a.png"}, {"image": "b.png", "role": "style", "why": "kept"}]
+    cases = [
+        ["changed", entries, 0, "strength", 0.5],
+        ["changed", entries, 1, "role", ""],
+        ["changed", entries, 1, "size", 512],
+        ["changed", entries, 0, "size", "model"],
+        ["settings", entries[1]],
+    ]
+    half, plain, sized, same, told = script(cases, root)
+    assert half == [{"image": "a.png", "strength": 0.5}, entries[1]]
+    assert plain == [entries[0], {"image": "b.png", "why": "kept"}]
+    assert sized == [entries[0], {**entries[1], "size": 512}]
+    assert same == entries
+    assert told == {"name": "", "role": "style", "strength": 1, "size": "model"}

@@ -8,7 +8,16 @@ import random
 import pytest
 
 from seedling.sampling import SamplingError
-from seedling.sampling.sizes import MAX_RATIO, SEEDREAM, WORDS, Size, grid, parse_size, snap
+from seedling.sampling.sizes import (
+    MAX_RATIO,
+    SEEDREAM,
+    WORDS,
+    Size,
+    described,
+    grid,
+    parse_size,
+    snap,
+)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +148,26 @@ def test_any_size_can_be_snapped_and_padded() -> None:
         assert abs(snapped.width - width) < multiple and abs(snapped.height - height) < multiple
         assert 0 <= padded.width - width < multiple and 0 <= padded.height - height < multiple
         assert box == (0, 0, width, height)
+
+
+@pytest.mark.parametrize(
+    ("size", "padded", "words"),
+    [
+        ((1216, 832), (1216, 832), "1216 x 832 pixels · 3:2 · 1.0 MP · 3952 tokens"),
+        ((832, 1216), (832, 1216), "832 x 1216 pixels · 2:3 · 1.0 MP · 3952 tokens"),
+        ((2848, 1600), (2848, 1600), "2848 x 1600 pixels · 16:9 · 4.6 MP · 17800 tokens"),
+        ((64, 64), (64, 64), "64 x 64 pixels · 1:1 · 0.0 MP · 16 tokens"),
+        (
+            (1000, 640),
+            (1024, 640),
+            "1000 x 640 pixels · 1.56:1 · 0.6 MP · painted as 1024 x 640 · 2560 tokens",
+        ),
+        (
+            (100, 800),
+            (112, 800),
+            "100 x 800 pixels · 1:8 · 0.1 MP · painted as 112 x 800 · 350 tokens",
+        ),
+    ],
+)
+def test_a_size_in_words(size: tuple[int, int], padded: tuple[int, int], words: str) -> None:
+    assert described(*size, padded, 16) == words

@@ -5,7 +5,8 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import {
-  complete, followed, isMissing, isOn, isSocket, moved, numbers, parse, toggled, write,
+  changed, complete, followed, isMissing, isOn, isSocket, moved, numbers, parse, settings, toggled,
+  write,
 } from "./reference_strip/list.js";
 import { arriving, fileUrl, links } from "./reference_strip/pictures.js";
 import { makeView } from "./reference_strip/view.js";
@@ -30,6 +31,7 @@ class Strip {
       move: (from, to) => this.edit((entries) => moved(entries, from, to)),
       toggle: (index) => this.edit((entries) => toggled(entries, index)),
       remove: (index) => this.edit((entries) => entries.filter((_, i) => i !== index)),
+      set: (index, key, value) => this.edit((entries) => changed(entries, index, key, value)),
       add: (files) => this.add(files),
     });
     const { element } = this.view;
@@ -169,6 +171,7 @@ class Strip {
         on: isOn(entry),
         missing,
         removable: missing || !isSocket(source),
+        settings: settings(entry),
       };
     });
     const { words: say } = this;

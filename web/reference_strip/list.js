@@ -63,6 +63,20 @@ export function toggled(entries, index) {
   return entries.with(index, entry);
 }
 
+const PLAIN = { name: "", role: "", strength: 1, size: "model" };
+
+/** What an entry says, and what it means where it says nothing. */
+export function settings(entry) {
+  return Object.fromEntries(Object.keys(PLAIN).map((key) => [key, entry[key] ?? PLAIN[key]]));
+}
+
+/** The entries with one setting of one of them changed; what says nothing is not written. */
+export function changed(entries, index, key, value) {
+  const { [key]: _, ...entry } = entries[index];
+  if (value !== PLAIN[key]) entry[key] = value;
+  return entries.with(index, entry);
+}
+
 /**
  * The entries after the links changed. An input that lost its link closes the gap: the links behind
  * it move to the names before. So an entry stays with its link, or with its input when that was

@@ -1,13 +1,15 @@
 // The strip on the page: a list box of thumbnails. It shows what it is told and says what was done;
 // it knows nothing of nodes.
 
+import { makeSettings } from "./settings.js";
+
 const STARTS = 4; // pixels that the pointer moves before a press becomes a drag
 
 /**
  * @param words see words.js
- * @param act   {move(from, to), toggle(index), remove(index), add(files)}
+ * @param act   {move(from, to), toggle(index), remove(index), set(index, key, value), add(files)}
  * @returns {element, height(), dragging(), render({items, note, locked})}
- *   items: [{key, label, name, url, number, on, missing, removable}]
+ *   items: [{key, label, name, url, number, on, missing, removable, settings}]
  */
 export function makeView(words, act) {
   const element = make("div", "seedling-strip");
@@ -23,10 +25,15 @@ export function makeView(words, act) {
   list.setAttribute("aria-description", words.help);
   live.setAttribute("aria-live", "polite");
   element.tabIndex = -1; // so that a click on it brings pasted files here
-  body.append(list, adder, note, live);
+  const view = { items: [], locked: false, drag: null, list, live, act, words, tiles: new Map() };
+  view.opened = null; // key of the item whose settings are shown
+  view.form = makeSettings(words, {
+    set: (key, value) => act.set(openedIndex(view), key, value),
+    close: () => closeSettings(view),
+  });
+  body.append(list, adder, note, view.form.element, live);
   element.append(body);
 
-  const view = { items: [], locked: false, drag: null, list, live, act, words, tiles: new Map() };
   list.addEventListener("keydown", (event) => onKey(view, event));
   list.addEventListener("pointerdown", (event) => onPress(view, event));
   takeFiles(element, view);
@@ -40,6 +47,7 @@ export function makeView(words, act) {
     const tiles = items.map((item) => tileFor(view, item));
     list.replaceChildren(...tiles);
     adder.hidden = locked;
+    showSettings(view);
     rove(view, Math.max(0, items.findIndex((item) => item.key === focused)));
     if (focused !== undefined) view.tiles.get(focused)?.focus({ preventScroll: true });
     note.textContent = said ?? "";
@@ -116,6 +124,9 @@ function newTile(view, key) {
   badge.addEventListener("click", () => view.locked || view.act.toggle(index()));
   remove.addEventListener("click", () => view.locked || view.act.remove(index()));
   tile.addEventListener("focus", () => rove(view, index()));
+  tile.addEventListener("dblclick", (event) => {
+    if (!event.target.closest("button")) openSettings(view, key);
+  });
   tile.append(picture, badge, remove, make("span", "seedling-strip-name"));
   view.tiles.set(key, tile);
   return tile;
@@ -128,6 +139,29 @@ const indexOf = (view, node) => tilesOf(view).findIndex((tile) => tile.contains(
 /** Tab reaches one tile, the arrow keys the others. */
 function rove(view, index) {
   tilesOf(view).forEach((tile, i) => (tile.tabIndex = i === index ? 0 : -1));
+}
+
+// ---- settings ----------------------------------------------------------------------------------
+
+const openedIndex = (view) => view.items.findIndex((item) => item.key === view.opened);
+
+function openSettings(view, key) {
+  view.opened = key;
+  showSettings(view);
+  if (openedIndex(view) >= 0 && !view.locked) view.form.focus();
+}
+
+function closeSettings(view) {
+  const tile = view.tiles.get(view.opened);
+  view.opened = null;
+  showSettings(view);
+  tile?.focus({ preventScroll: true });
+}
+
+function showSettings(view) {
+  const item = view.locked ? undefined : view.items[openedIndex(view)];
+  view.form.show(item?.settings, item?.label);
+  for (const [key, tile] of view.tiles) tile.classList.toggle("opened", key === view.opened);
 }
 
 // ---- keyboard ----------------------------------------------------------------------------------
@@ -146,6 +180,8 @@ function onKey(view, event) {
     return;
   } else if (event.key === "Enter" || event.key === " ") {
     view.act.toggle(index);
+  } else if (event.key === "F2") {
+    openSettings(view, view.items[index].key);
   } else if (event.key === "Delete" || event.key === "Backspace") {
     if (view.items[index].removable) view.act.remove(index);
   } else {

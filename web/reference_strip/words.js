@@ -4,9 +4,18 @@ import { app } from "../../../scripts/app.js";
 
 const EN = {
   strip: "References, in the order of the instruction",
-  help: "Arrows: choose. Shift and an arrow: move. Space: on or off. Delete: take off the list.",
+  help:
+    "Arrows: choose. Shift and an arrow: move. Space: on or off. F2: settings. Delete: take off " +
+    "the list.",
   empty: "Connect pictures, or drop or paste files here.",
   add: "Add files",
+  settings: { name: "name", role: "role", strength: "strength", size: "size" },
+  settings_help: {
+    name: "@name in the instruction means this picture",
+    role: "What it is there for; it is added to the instruction",
+    strength: "Lower fades it into transparency",
+    size: "How large the model sees it; model: as the node says",
+  },
   on: "On: click to leave it out",
   off: "Left out: click to use it",
   remove: "Take off the list",
@@ -22,9 +31,16 @@ const EN = {
 
 const ZH = {
   strip: "参考图，按指令中的顺序",
-  help: "方向键：选择。Shift 加方向键：移动。空格：启用或停用。Delete：从列表移除。",
+  help: "方向键：选择。Shift 加方向键：移动。空格：启用或停用。F2：设置。Delete：从列表移除。",
   empty: "连接图片，或将文件拖放、粘贴到此处。",
   add: "添加文件",
+  settings: { name: "名字", role: "用途", strength: "强度", size: "尺寸" },
+  settings_help: {
+    name: "指令里的 @名字 指这张图",
+    role: "它的用途；会加到指令后面",
+    strength: "越低越透明",
+    size: "模型看到它的大小；model：按节点的设置",
+  },
   on: "已启用：点击停用",
   off: "已停用：点击启用",
   remove: "从列表移除",

@@ -1,0 +1,187 @@
+"""The prefix store and image sets through the nodes, over the stand-in of ComfyUI's interface."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+OURS = ("comfy_api", "comfy_execution", "folder_paths", "server", "seedling.nodes")
+KNOBS = {"steps": 2, "guidance": 1.0, "sampler": "euler", "seed": 5}
+PROMPTS = "a red cat\nin a cup\nat night"
+
+
+def borrowed() -> dict[str, Any]:
+    return {n: m for n, m in sys.modules.items() if n.startswith(OURS)}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from seedling.host.paths import Folders
+    from seedling.host.standin import install
+
+    before = borrowed()
+    for name in before:
+        del sys.modules[name]
+    folders = Folders(tmp_path_factory.mktemp("studio"))
+    folders.make()
+    install(folders)
+    yield importlib.import_module("seedling.nodes")
+    for name in borrowed():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def loaded(pack: Any, tiny_model: Any) -> dict[str, Any]:
+    """Fresh networks: nothing is known of earlier tests."""
+    from seedling.nodes.plain import Plain
+
+    here = Plain()
+    paths = {"model": ("dit", tiny_model.dit), "clip": ("encoder", tiny_model.encoder),
+             "vae": ("vae", tiny_model.vae)}  # fmt: skip
+    return {name: here.load(kind, str(path), None) for name, (kind, path) in paths.items()}
+
+
+def call(pack: Any, name: str, **inputs: Any) -> Any:
+    extension = asyncio.run(pack.comfy_entrypoint())
+    nodes = asyncio.run(extension.get_node_list())
+    return next(n for n in nodes if n.define_schema().node_id == name).execute(**inputs)
+
+
+def shown(output: Any) -> str:
+    """The text on the node."""
+    ui = output.ui if isinstance(output.ui, dict) else output.ui.as_dict()
+    return "\n".join(ui["text"])
+
+
+def picture_of(seed: int) -> Tensor:
+    return torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def references(pack: Any, loaded: dict[str, Any], *seeds: int) -> Any:
+    images = {f"image_{i}": picture_of(seed)[None] for i, seed in enumerate(seeds, start=1)}
+    output = call(pack, "SeedlingReferences", size="model", images=images, model=loaded["model"])
+    return output.args[0]
+
+
+def canvas(pack: Any, loaded: dict[str, Any], shape: str = "64x64") -> Any:
+    given = {"preset": "model", "shape": shape, "batch_size": 1, "model": loaded["model"]}
+    return call(pack, "SeedlingCanvasSize", **given).args[0]
+
+
+# ---- what is kept ------------------------------------------------------------------------------
+
+
+def edit(pack: Any, loaded: dict[str, Any], prompt: str, **more: Any) -> tuple[Tensor, str, str]:
+    """Latents of an edit with two references, and what both nodes say."""
+    given = {"clip": loaded["clip"], "vae": loaded["vae"]}
+    found = references(pack, loaded, *more.pop("pictures", (0, 1)))
+    read = call(pack, "SeedlingEncodeInstruction", prompt=prompt, references=found, **given)
+    latent = canvas(pack, loaded, more.pop("shape", "64x64"))
+    settings = {**KNOBS, **more, "model": loaded["model"], "latent": latent}
+    done = call(pack, "SeedlingFewStepSampler", positive=read.args[0], **settings)
+    return done.args[0]["samples"], shown(read), shown(done)
+
+
+def test_the_nodes_say_what_was_known(pack: Any, loaded: dict[str, Any]) -> None:
+    cold, read, done = edit(pack, loaded, "a red cat")
+    assert "known before: 0 of 2 latents (0%)" in read and "known before: 0 of" in done
+    warm, read, done = edit(pack, loaded, "a red cat")
+    assert torch.equal(warm, cold)
+    assert "2 of 2 latents (100%)" in read and "tokens read (100%)" in read
+    assert "tokens (100%)" in done and "kB kept (auto)" in done
+    _, read, done = edit(pack, loaded, "a blue dog", seed=9, shape="96x64")
+    assert "2 of 2 latents (100%)" in read and "tokens (100%)" not in done
+    share = int(done.split(" tokens (")[1].split("%")[0])
+    assert 50 < share < 100, "the references were known, the words were not"
+
+
+def test_what_is_known_is_what_fresh_networks_compute(
+    pack: Any, loaded: dict[str, Any], tiny_model: Any
+) -> None:
+    from seedling.nodes.plain import Plain
+
+    for prompt, seed, pictures in (("a", 1, (0,)), ("b", 2, (0, 1)), ("b", 1, (1, 0))):
+        known, *_ = edit(pack, loaded, prompt, seed=seed, pictures=pictures)
+        fresh = {
+            "model": Plain().load("dit", str(tiny_model.dit), None),
+            "clip": Plain().load("encoder", str(tiny_model.encoder), None),
+            "vae": Plain().load("vae", str(tiny_model.vae), None),
+        }
+        assert torch.equal(known, edit(pack, fresh, prompt, seed=seed, pictures=pictures)[0])
+
+
+def test_the_cache_can_be_off_or_rounded(pack: Any, loaded: dict[str, Any]) -> None:
+    exact, _, _ = edit(pack, loaded, "a red cat")
+    off, _, done = edit(pack, loaded, "a red cat", cache="off")
+    assert torch.equal(off, exact) and "0 B kept (0 B)" in done
+    _, _, done = edit(pack, loaded, "a red cat", cache="off")
+    assert "known before: 0 of" in done
+    rounded, _, done = edit(pack, loaded, "a red cat", cache="6GB:int8")
+    assert "kept (6 GB), int8 with an error of 0." in done and not torch.equal(rounded, exact)
+    back, _, done = edit(pack, loaded, "a red cat", cache="auto:host")
+    assert torch.equal(back, exact) and "error" not in done
+    with pytest.raises(ValueError, match="budget of the prefix store is 'lots'"):
+        edit(pack, loaded, "a red cat", cache="lots")
+
+
+# ---- sets --------------------------------------------------------------------------------------
+
+
+def image_set(pack: Any, loaded: dict[str, Any], seeing: str, **more: Any) -> Any:
+    given = {**KNOBS, "count": 0, "prompts": PROMPTS, "output": "list", **more}
+    latent = canvas(pack, loaded)
+    return call(pack, "SeedlingImageSet", latent=latent, seeing=seeing, **loaded, **given)
+
+
+SEEING = ["references only", "the pictures before it"]
+
+
+@pytest.mark.parametrize("seeing, left", [(SEEING[0], 2), (SEEING[1], 1)])
+def test_a_picture_that_fails_does_not_take_the_others(
+    pack: Any, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, seeing: str, left: int
+) -> None:
+    whole = image_set(pack, loaded, seeing).args[0]
+    decode, calls = loaded["vae"].module.decode, []
+
+    def failing(latents: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(loaded["vae"].module, "decode", failing)
+    output = image_set(pack, loaded, seeing)
+    pictures, sheet = output.args
+    assert len(pictures) == left and torch.equal(pictures[0], whole[0]) and sheet.shape[0] == 1
+    assert "picture 2 failed: out of memory." in shown(output) and "start to 2" in shown(output)
+    again = image_set(pack, loaded, seeing, start=2, earlier=pictures[0])
+    assert all(torch.equal(a, b) for a, b in zip(again.args[0], whole, strict=True))
+    calls.clear()
+    calls.append(1)  # the first one fails: there is nothing to keep
+    with pytest.raises(RuntimeError, match="out of memory"):
+        image_set(pack, loaded, seeing, count=1)
+
+
+def test_a_set_reads_its_references_once(pack: Any, loaded: dict[str, Any]) -> None:
+    found = references(pack, loaded, 0, 1)
+    output = image_set(pack, loaded, SEEING[1], references=found, seeds="the same")
+    assert len(output.args[0]) == 3 and "3 pictures" in shown(output)
+    share = int(shown(output).split(" tokens (")[1].split("%")[0])
+    assert share > 40
+    assert loaded["vae"].module.prefix_store.counts["latents"].computed == 2 + 2
+
+
+def test_numbered_prompts_and_words_say_how_many(pack: Any, loaded: dict[str, Any]) -> None:
+    listed = image_set(pack, loaded, SEEING[0], prompts="In ink.\n1. a cat\n2. a dog")
+    plain = image_set(pack, loaded, SEEING[0], prompts="In ink. a cat\nIn ink. a dog")
+    assert len(listed.args[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(listed.args[0], plain.args[0], strict=True))
+    assert len(image_set(pack, loaded, SEEING[0], prompts="a fox in two panels").args[0]) == 2
