@@ -120,7 +120,7 @@ def footprint(file: Path, side: int, threads: int) -> dict[str, int]:
         "load, peak": load,
         "run, peak": after_load + first - start,
         "stays": stays - start,
-        "prefix": 2 * sum(k.numel() * k.element_size() for k in prefixes[0].keys),
+        "prefix": 2 * sum(k.numel() * k.element_size() for k in prefixes[0].kept.keys),
         "activations": activations,
     }
 

@@ -35,7 +35,7 @@ def measure(
     return {
         "network": f"{layers} layers x {config.dim}",
         "target": scene.tokens,
-        "prefix": prefix.length,
+        "prefix": prefix.kept.length,
         "diffusers min s": base.shortest,
         "seedling min s": own.shortest,
         "speed, min": base.shortest / own.shortest,

@@ -107,6 +107,12 @@ def hands() -> ModuleType:
     return neighbour("browser_tools")
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The nodes with the embedded model, over the stand-in: tests/node_tools.py."""
+    yield from neighbour("node_tools").nodes(tmp_path_factory.mktemp("nodes"))
+
+
 # One studio and one browser for a file: while the browser is there its event loop runs in this
 # thread, and tests of other files that start a loop of their own would fail.
 @pytest.fixture(scope="module")

@@ -16,12 +16,16 @@ pytest.importorskip("diffusers")
 TINY = {
     "batch_prompts": ["--tiny"],
     "bf16_checkpoint": ["--tiny"],
+    "bf16_families": ["--tiny"],
     "dit_profile": ["--tiny"],
     "dit_step": ["--tiny"],
     "edit_references": ["--tiny"],
     "flux2_step": ["--tiny"],
     "host_work": ["--tiny"],
     "post_latency": ["--tiny"],
+    "quantized_pictures": ["--tiny"],
+    "quantized_step": ["--tiny"],
+    "prefix_store": ["--tiny"],
     "qwen_image_step": ["--tiny"],
     "vae_decode": ["--width", "8", "--side", "64", "--runs", "2"],
 }

@@ -237,7 +237,7 @@ def test_alpha_is_kept(tiny: ModuleType, tmp_path: Path) -> None:
         ("x --device nonsense", "--device nonsense cannot be used here"),
         ("x --device meta", "--device meta cannot be used here"),
         ("x --dit none.safetensors", "--dit none.safetensors is no file"),
-        ("x --dit a.safetensors", "needs --vae and --encoder too"),
+        ("x --dit a.safetensors", "a.safetensors is a Git LFS pointer"),
         ("x --dit a.safetensors --vae a.safetensors --encoder a.safetensors", "a.safetensors"),
         ("x --comfyui . --vae b", "is not ComfyUI's folder"),
     ],

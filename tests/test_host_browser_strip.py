@@ -131,6 +131,29 @@ def test_the_keyboard_reorders_toggles_and_undoes(strip: Any, hands: Any) -> Non
 
 
 @MODES
+def test_a_tile_opens_its_settings(strip: Any, hands: Any) -> None:
+    """By double click and by key; what is set is on the list, and Escape goes back to the tile."""
+    form = ".seedling-strip-settings"
+    assert strip.locator(form).is_hidden()
+    strip.locator(TILES).nth(1).dblclick(position={"x": 36, "y": 40})
+    strip.locator(f"{form} input").nth(0).fill("anna")
+    strip.locator(f"{form} input").nth(1).fill("the style")
+    strip.locator(f"{form} select").select_option("own")
+    strip.locator(f"{form} input[type=range]").fill("0.5")
+    entry = {"image": "image_2", "name": "anna", "role": "the style", "size": "own"}
+    strip.wait_for_function(f"{LIST}.includes('0.5')", timeout=hands.SLOW)
+    assert listed(strip) == ["image_1", {**entry, "strength": 0.5}, "image_3"]
+    strip.keyboard.press("Escape")
+    assert strip.locator(form).is_hidden()
+    focused = "document.activeElement.getAttribute('aria-label')"
+    assert strip.evaluate(focused) == "image 2: image-2.png"
+    strip.keyboard.press("F2")
+    assert strip.locator(f"{form} input").nth(0).input_value() == "anna"
+    strip.keyboard.press("Delete")  # in the field; the node stays
+    assert strip.locator(TILES).count() == 3
+
+
+@MODES
 def test_files_are_dropped_pasted_and_run(
     strip: Any, hands: Any, host: Any, pictures: Path, nodes_2: bool
 ) -> None:

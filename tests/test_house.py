@@ -34,6 +34,7 @@ MAY_IMPORT = {
 COMFYUI = {"comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview"} | {
     "node_helpers", "nodes", "server",
 }  # fmt: skip
+BRIDGE = ("nodes/comfy_bridge.py", "nodes/comfy_codecs.py")  # all that knows ComfyUI itself
 NETWORK = {"aiohttp", "http", "httpx", "huggingface_hub", "requests", "socket", "urllib"}
 ORACLES = {"diffusers", "pytest", "skimage"}
 SLOW_TO_IMPORT = {"diffusers", "transformers"}
@@ -223,8 +224,8 @@ def foreign_fault(file: Path, name: str, eager: bool) -> str | None:
             "imports itself by name; ComfyUI gives the package another one, use a relative import"
         )
     if top == "comfy":
-        if file.as_posix() != "nodes/comfy_bridge.py":
-            return "only nodes/comfy_bridge.py may import comfy"
+        if file.as_posix() not in BRIDGE:
+            return f"only {' and '.join(BRIDGE)} may import comfy"
         return "comfy is imported inside functions" if eager else None
     if top in COMFYUI | {"comfy_api"}:
         return None if part == "nodes" else f"only nodes/ may import ComfyUI's {top}"
@@ -262,9 +263,9 @@ def test_the_layer_rule_bites() -> None:
     assert foreign_fault(dit, "urllib.parse", True) is None
     assert foreign_fault(dit, "transformers", True)
     assert foreign_fault(dit, "transformers", False) is None
-    bridge = Path("nodes/comfy_bridge.py")
-    assert foreign_fault(bridge, "comfy.sd", True)
-    assert foreign_fault(bridge, "comfy.sd", False) is None
+    for bridge in map(Path, BRIDGE):
+        assert foreign_fault(bridge, "comfy.sd", True)
+        assert foreign_fault(bridge, "comfy.sd", False) is None
     assert foreign_fault(Path("nodes/loaders.py"), "comfy.sd", False)
 
 

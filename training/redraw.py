@@ -20,7 +20,7 @@ from .prompts import Prompts
 from .runs import Run
 from .transformer import Student
 
-TIMES = (0.15, 0.6)  # noise added before a picture is drawn again
+TIMES = (0.15, 0.75)  # noise added before a picture is drawn again
 STEPS = 4
 SHARES = (0.7, 0.2, 0.1)
 

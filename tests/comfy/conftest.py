@@ -27,6 +27,43 @@ import torch
 
 START, RUN = 240.0, 120.0  # seconds until it answers, and until a prompt is done
 
+# Runs in ComfyUI's Python, which knows no package seedling: the checkout, as ComfyUI would load it.
+LOAD_PACK = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("seedling", {file!r})
+sys.modules["seedling"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["seedling"])
+"""
+BLOCK, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+# BFL's layers of a FLUX.2 with one block of each kind, and which of ours they are, in order.
+LAYERS = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
+    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
+    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
+    "double_blocks.0.img_attn.qkv": [f"{BLOCK}.attn.to_{x}" for x in "qkv"],
+    "double_blocks.0.img_attn.proj": [f"{BLOCK}.attn.to_out.0"],
+    "double_blocks.0.img_attn.norm.query_norm": [f"{BLOCK}.attn.norm_q"],
+    "double_blocks.0.img_attn.norm.key_norm": [f"{BLOCK}.attn.norm_k"],
+    "double_blocks.0.img_mlp.0": [f"{BLOCK}.ff.linear_in"],
+    "double_blocks.0.img_mlp.2": [f"{BLOCK}.ff.linear_out"],
+    "double_blocks.0.txt_attn.qkv": [f"{BLOCK}.attn.add_{x}_proj" for x in "qkv"],
+    "double_blocks.0.txt_attn.proj": [f"{BLOCK}.attn.to_add_out"],
+    "double_blocks.0.txt_attn.norm.query_norm": [f"{BLOCK}.attn.norm_added_q"],
+    "double_blocks.0.txt_attn.norm.key_norm": [f"{BLOCK}.attn.norm_added_k"],
+    "double_blocks.0.txt_mlp.0": [f"{BLOCK}.ff_context.linear_in"],
+    "double_blocks.0.txt_mlp.2": [f"{BLOCK}.ff_context.linear_out"],
+    "single_blocks.0.linear1": [f"{SINGLE}.attn.to_qkv_mlp_proj"],
+    "single_blocks.0.linear2": [f"{SINGLE}.attn.to_out"],
+    "single_blocks.0.norm.query_norm": [f"{SINGLE}.attn.norm_q"],
+    "single_blocks.0.norm.key_norm": [f"{SINGLE}.attn.norm_k"],
+    "final_layer.adaLN_modulation.1": ["norm_out.shift", "norm_out.scale"],
+    "final_layer.linear": ["proj_out"],
+}
+
 
 class Install(NamedTuple):
     """How to run ComfyUI."""
@@ -37,12 +74,18 @@ class Install(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def comfyui() -> Install:
+def layers() -> dict[str, list[str]]:
+    return LAYERS
+
+
+@pytest.fixture(scope="session")
+def comfyui(root: Path) -> Install:
+    load = LOAD_PACK.format(file=str(root / "__init__.py"))
     return Install(
         os.environ.get("COMFYUI_PYTHON", sys.executable),
         Path(os.environ["COMFYUI_DIR"]).resolve(),
         # As many threads as here, or the last bits of sums would differ.
-        {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "LOAD_PACK": load},
     )
 
 

@@ -19,35 +19,6 @@ WIDTH, MLP = 256, 768
 CONFIG = DiTConfig(
     double=1, single=1, heads=2, head_dim=128, context_dim=96, mlp_dim=MLP, axes=(32, 32, 32, 32)
 )
-BLOCK, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
-# BFL's layers, and which of ours they are, in order.
-LAYERS = {
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
-    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
-    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
-    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
-    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
-    "double_blocks.0.img_attn.qkv": [f"{BLOCK}.attn.to_{x}" for x in "qkv"],
-    "double_blocks.0.img_attn.proj": [f"{BLOCK}.attn.to_out.0"],
-    "double_blocks.0.img_attn.norm.query_norm": [f"{BLOCK}.attn.norm_q"],
-    "double_blocks.0.img_attn.norm.key_norm": [f"{BLOCK}.attn.norm_k"],
-    "double_blocks.0.img_mlp.0": [f"{BLOCK}.ff.linear_in"],
-    "double_blocks.0.img_mlp.2": [f"{BLOCK}.ff.linear_out"],
-    "double_blocks.0.txt_attn.qkv": [f"{BLOCK}.attn.add_{x}_proj" for x in "qkv"],
-    "double_blocks.0.txt_attn.proj": [f"{BLOCK}.attn.to_add_out"],
-    "double_blocks.0.txt_attn.norm.query_norm": [f"{BLOCK}.attn.norm_added_q"],
-    "double_blocks.0.txt_attn.norm.key_norm": [f"{BLOCK}.attn.norm_added_k"],
-    "double_blocks.0.txt_mlp.0": [f"{BLOCK}.ff_context.linear_in"],
-    "double_blocks.0.txt_mlp.2": [f"{BLOCK}.ff_context.linear_out"],
-    "single_blocks.0.linear1": [f"{SINGLE}.attn.to_qkv_mlp_proj"],
-    "single_blocks.0.linear2": [f"{SINGLE}.attn.to_out"],
-    "single_blocks.0.norm.query_norm": [f"{SINGLE}.attn.norm_q"],
-    "single_blocks.0.norm.key_norm": [f"{SINGLE}.attn.norm_k"],
-    "final_layer.adaLN_modulation.1": ["norm_out.shift", "norm_out.scale"],
-    "final_layer.linear": ["proj_out"],
-}
 STRENGTH = 0.7
 NAMES = {
     "kohya": lambda n: f"lora_unet_{n.replace('.', '_')}",
@@ -67,6 +38,7 @@ import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.sd, comfy.utils
 from safetensors.torch import save_file
+exec(os.environ["LOAD_PACK"])
 from seedling.nodes.comfy_bridge import load_model
 
 warned = []
@@ -97,12 +69,12 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
 
-def test_every_naming_patches_the_same_weights(comfyui: Any, tmp_path: Path) -> None:
+def test_every_naming_patches_the_same_weights(comfyui: Any, layers: Any, tmp_path: Path) -> None:
     weights = {name: draw(*t.shape) for name, t in DiT(CONFIG, device="meta").state_dict().items()}
     published = {
-        f"{n}.weight": torch.cat([weights[f"{o}.weight"] for o in own]) for n, own in LAYERS.items()
+        f"{n}.weight": torch.cat([weights[f"{o}.weight"] for o in own]) for n, own in layers.items()
     }
-    assert sum(len(own) for own in LAYERS.values()) == len(weights)
+    assert sum(len(own) for own in layers.values()) == len(weights)
     save_file(published, tmp_path / "model.safetensors")
     matrices = {n: t for n, t in published.items() if t.ndim == 2}
     forms: dict[str, dict[str, Tensor]] = {}
@@ -110,7 +82,7 @@ def test_every_naming_patches_the_same_weights(comfyui: Any, tmp_path: Path) -> 
     for style, called in NAMES.items():
         for name, weight in matrices.items():
             (outs, ins), layer = weight.shape, name.removesuffix(".weight")
-            own = LAYERS[layer]
+            own = layers[layer]
             if style == "lycoris":
                 tensors = {"lokr_w1": draw(2, 4), "lokr_w2": draw(outs // 2, ins // 4)}
                 delta = torch.kron(*tensors.values())

@@ -230,8 +230,8 @@ class Canvas:
 def input_slot(slot: Slot) -> Json:
     found: Json = {"name": slot.name, "type": slot.kind, "link": None}
     if slot.is_widget:
-        return found | {"widget": {"name": slot.name}}
-    if "." in slot.name:
+        found["widget"] = {"name": slot.name}
+    elif "." in slot.name:
         found["label"] = slot.name.partition(".")[2]
     return found | ({"shape": OPTIONAL} if slot.optional else {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from canvas import Blueprint, Box, Layout, Port
+from layouts_edits import EDITS
 
 LOADERS = {"1": Box(0, 0, 330, 82), "2": Box(0, 230, 330, 82), "3": Box(0, 460, 330, 82)}
 MODEL = {"Model": Box(-20, -80, 370, 740)}
@@ -150,6 +151,7 @@ WORKFLOWS = {
     "Compose from References": ("compose_from_references", COMPOSE),
     "Image Set": ("image_set", IMAGE_SET),
     "Same Prompt, Many Seeds": ("same_prompt_many_seeds", MANY_SEEDS),
+    **EDITS,
 }
 
 
