@@ -29,6 +29,7 @@ TINY = {
     "qwen_image_step": ["--tiny"],
     "vae_decode": ["--width", "8", "--side", "64", "--runs", "2"],
 }
+LONG = {"quantized_pictures"}  # a minute: it quantizes a model in every way
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in TINY],
+)
 def test_a_tiny_run_prints_its_table(name: str, monkeypatch, capsys) -> None:
     """It ends without SystemExit, which is what outputs that disagree raise."""
     monkeypatch.setattr(sys, "argv", [name, *TINY[name], "--json"])

@@ -35,11 +35,6 @@ def main() -> None:
         help="of the student's rows; start with text-to-image, the cheapest, to learn to draw",
     )
     parser.add_argument(
-        "--redraw",
-        action="store_true",
-        help="train the VAE's decoder on latents that the run's student draws, too",
-    )
-    parser.add_argument(
         "--out", type=Path, default=Path("runs/scores"), help="where evaluate writes"
     )
     parser.add_argument("--count", type=int, default=500, help="held-out prompts of each kind")
@@ -56,12 +51,8 @@ def main() -> None:
         from .autoencoder import train as train_vae
         from .export import NAME
 
-        exported, redraw = options.assets / "vae" / f"{NAME}.safetensors", None
-        if options.redraw:
-            from .redraw import Redrawer
-
-            redraw = Redrawer(options.run)
-        train_vae(options.run, options.minutes, exported, redraw=redraw)
+        exported = options.assets / "vae" / f"{NAME}.safetensors"
+        train_vae(options.run, options.minutes, exported)
     elif options.stage == "reader":
         from .transformer import read
 

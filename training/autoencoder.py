@@ -6,7 +6,6 @@ pairs (silu(x) - silu(-x) = x), the RMS norm held still by one large constant ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from .projection import CHANNELS, PATCH, Projection, pictures
 from .runs import Average, Budget, Run, warm_stable_decay
 from .speed import autocast
 
-Redraw = Callable[[], tuple[Tensor, Tensor]]  # pixels (B, 4, H, W) in -1..1, latents like theirs
 ENCODER_DIM, DECODER_DIM = 144, 160
 ENCODER_CONSTANT, DECODER_CONSTANT = 300.0, 32.0
 
@@ -121,18 +119,9 @@ def start(folder: Path, exported: Path) -> dict[str, Any]:
 
 
 def train(
-    folder: Path,
-    minutes: float,
-    exported: Path,
-    batch: int = 16,
-    rate: float = 4e-4,
-    redraw: Redraw | None = None,
+    folder: Path, minutes: float, exported: Path, batch: int = 16, rate: float = 4e-4
 ) -> None:
-    """Train the decoder; the encoder stays the PCA, so latents made earlier stay valid.
-
-    With `redraw` (`training/redraw.py`) every other batch shows the decoder latents as the DiT
-    draws them, and it learns to finish those as well.
-    """
+    """Train the decoder; the encoder stays the PCA, so latents made earlier stay valid."""
     run, state = Run(folder, "vae"), start(folder, exported)
     vae = VAE(VAEConfig(**state["config"]))
     vae.load_state_dict(state["weights"])
@@ -162,13 +151,10 @@ def train(
     for step in budget.steps(first, "vae"):
         for group in optimizer.param_groups:
             group["lr"] = rate * warm_stable_decay(step, budget.progress)
-        if redraw is not None and step % 2:
-            pixels, latents = redraw()
-        else:
-            pixels = pictures(rng, batch)
-            with torch.no_grad():
-                latents = vae.encode(pixels)
-                latents = latents + torch.randn_like(latents) * 0.05 * torch.rand(batch, 1, 1, 1)
+        pixels = pictures(rng, batch)
+        with torch.no_grad():
+            latents = vae.encode(pixels)
+            latents = latents + torch.randn_like(latents) * 0.05 * torch.rand(batch, 1, 1, 1)
         with autocast(bf16):
             decoded = decode_for_training(vae, latents)
         loss = reconstruction_loss(decoded.float(), pixels)

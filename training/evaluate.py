@@ -216,16 +216,18 @@ def suites(count: int) -> dict[str, list[Case]]:
     }
 
 
-def evaluate(
-    model: Model, out: Path, count: int = 500, steps: int = 16, guidance: float = 2.0
-) -> dict:
-    """All suites; writes scores.json and one sheet a suite into `out`."""
+def evaluate(model: Model, out: Path, count: int = 500) -> dict:
+    """All suites with the file's own steps and guidance.
+
+    Writes scores.json, after each suite, and one sheet a suite into `out`.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    steps, guidance = model.schedule.steps, model.schedule.guidance
     results: dict = {"steps": steps, "guidance": guidance}
     for name, cases in suites(count).items():
         results[name], pictures, shown = score(model, cases, steps=steps, guidance=guidance)
         sheet(cases[:24], pictures, shown).save(out / f"{name.replace(' ', '-')}.png")
-    (out / "scores.json").write_text(json.dumps(results, indent=1))
+        (out / "scores.json").write_text(json.dumps(results, indent=1))
     return results
 
 

@@ -17,7 +17,7 @@ NAME = "seedling-tiny"
 CARD = {"title": "Seedling Tiny (embedded demonstration model)", "licence": "Apache-2.0"}
 SAMPLING = {
     "resolution": 128,
-    "schedule": {"steps": 16, "guidance": 2.0},
+    "schedule": {"steps": 16, "guidance": 3.0},
 }
 
 
