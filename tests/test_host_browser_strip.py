@@ -108,6 +108,12 @@ def test_the_mouse_reorders(strip: Any, hands: Any) -> None:
 
 
 @MODES
+def test_the_list_in_words_is_out_of_sight(strip: Any) -> None:
+    """The strip's own text box is among the advanced inputs."""
+    assert strip.locator("textarea[placeholder=strip]:visible").count() == 0
+
+
+@MODES
 def test_the_keyboard_reorders_toggles_and_undoes(strip: Any, hands: Any) -> None:
     strip.locator(TILES).nth(0).focus()
     strip.keyboard.press("ArrowRight")

@@ -41,6 +41,8 @@ class Strip {
       getMinHeight: () => Math.max(this.view.height(), 40) + 2 * MARGIN,
     });
     widget.serialize = false; // not in the workflow: the strip input holds everything
+    // Its text is behind "advanced", for nodes drawn on the canvas too: those ask the widget.
+    if (this.widget) this.widget.advanced = true;
     also(node, "onAdded", () => this.start());
     also(node, "onRemoved", () => this.stop());
     node.onDragOver = (event) => Boolean(event.dataTransfer?.types.includes("Files"));
