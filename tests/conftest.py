@@ -113,6 +113,19 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield from neighbour("node_tools").nodes(tmp_path_factory.mktemp("nodes"))
 
 
+@pytest.fixture(scope="session")
+def node_tools() -> ModuleType:
+    """tests/node_tools.py: the nodes without ComfyUI."""
+    return neighbour("node_tools")
+
+
+@pytest.fixture(scope="module")
+def pack(node_tools: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The package seedling.nodes over the stand-in."""
+    with node_tools.package(tmp_path_factory.mktemp("studio")) as (package, _):
+        yield package
+
+
 # One studio and one browser for a file: while the browser is there its event loop runs in this
 # thread, and tests of other files that start a loop of their own would fail.
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,8 +47,9 @@ class Nodes:
         return {"model": model, "clip": clip, "vae": vae}
 
 
-def nodes(folder: Path) -> Iterator[Nodes]:
-    """The nodes while the generator waits; then everything is as before."""
+@contextmanager
+def package(folder: Path) -> Iterator[tuple[Any, Path]]:
+    """seedling.nodes over the stand-in, and the folder of input pictures; then all is as before."""
     from seedling.host.paths import Folders
     from seedling.host.standin import install
 
@@ -57,8 +59,13 @@ def nodes(folder: Path) -> Iterator[Nodes]:
     folders = Folders(folder)
     folders.make()
     install(folders)
-    made = Nodes(importlib.import_module("seedling.nodes"), folders.of("input"))
-    yield made
+    yield importlib.import_module("seedling.nodes"), folders.of("input")
     for name in borrowed():
         del sys.modules[name]
     sys.modules.update(before)
+
+
+def nodes(folder: Path) -> Iterator[Nodes]:
+    """The nodes while the generator waits."""
+    with package(folder) as (pack, inputs):
+        yield Nodes(pack, inputs)

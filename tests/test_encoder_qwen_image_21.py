@@ -22,7 +22,7 @@ from seedling.model_loaders.families.qwen_image_21.encoder import (
     Encoder,
     EncoderConfig,
     PictureError,
-    build,
+    Qwen3VL,
     on_white,
     patches,
     tiny_config,
@@ -138,7 +138,7 @@ def weights(oracle: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def encoder(oracle: Any) -> Encoder:
-    model = build(CONFIG)
+    model = Qwen3VL(CONFIG)
     model.load_state_dict(weights(oracle), strict=True)
     return Encoder(model, TOKENIZER)
 
@@ -222,7 +222,7 @@ def test_transparent_pixels_are_white() -> None:
 
 
 def test_every_weight_learns(encoder: Encoder) -> None:
-    model = build(CONFIG).initialise(torch.Generator().manual_seed(0))
+    model = Qwen3VL(CONFIG).initialise(torch.Generator().manual_seed(0))
     ids = TOKENIZER.prompt("a cup", [4])
     batch = torch.tensor([ids.ids, ids.ids])
     values = patches(torch.rand(2, 3, 64, 64))
@@ -243,7 +243,7 @@ def test_text_before_can_come_from_a_cache(encoder: Encoder) -> None:
 
 
 def test_built_on_meta_then_filled(encoder: Encoder, oracle: Any) -> None:
-    model = build(CONFIG, device="meta")
+    model = Qwen3VL(CONFIG, device="meta")
     assert all(p.is_meta for p in model.parameters())
     model.load_state_dict(weights(oracle), strict=True, assign=True)
     images = tensors(pictures(1))
@@ -253,10 +253,10 @@ def test_built_on_meta_then_filled(encoder: Encoder, oracle: Any) -> None:
 
 def test_16_bit_weights_are_widened(encoder: Encoder) -> None:
     """bf16 weights with fp32 arithmetic: exactly the fp32 network of the rounded weights."""
-    half = build(CONFIG, widened(), dtype=torch.bfloat16)
+    half = Qwen3VL(CONFIG, widened(), dtype=torch.bfloat16)
     half.load_state_dict(encoder.model.state_dict())
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    rounded = build(CONFIG)
+    rounded = Qwen3VL(CONFIG)
     rounded.load_state_dict({n: w.float() for n, w in half.state_dict().items()})
     images = tensors(pictures(2))
     a, b = (Encoder(m, TOKENIZER).encode("a cup", images).hidden for m in (half, rounded))
@@ -282,14 +282,14 @@ def test_published_files_map_one_to_one(config: EncoderConfig) -> None:
     names = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     header: Any = SimpleNamespace(names=names, config={})
     assert EncoderConfig.from_header(header) == config
-    ours = {n: tuple(w.shape) for n, w in build(config, device="meta").state_dict().items()}
+    ours = {n: tuple(w.shape) for n, w in Qwen3VL(config, device="meta").state_dict().items()}
     assert ours == {name: shape for name, shape in shapes.items() if name not in ENCODER_UNUSED}
 
 
 def test_config_survives_a_file() -> None:
     odd = replace(CONFIG, theta=10000.0, eps=1e-5)
     header: Any = SimpleNamespace(
-        names=build(odd, device="meta").state_dict(), config=json.loads(json.dumps(odd.to_json()))
+        names=Qwen3VL(odd, device="meta").state_dict(), config=json.loads(json.dumps(odd.to_json()))
     )
     assert EncoderConfig.from_header(header) == odd
     header.config["text_config"] = {"rope_parameters": {"rope_theta": 7.0}}

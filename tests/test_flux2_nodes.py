@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +18,6 @@ from seedling.model_loaders.families.flux2.vae import VAE, VAEConfig
 from seedling.model_loaders.tokenizers import QWEN_CONTROL, byte_level_bpe
 
 pytest.importorskip("transformers")
-OURS = ("comfy_api", "comfy_execution", "folder_paths", "server", "seedling.nodes")
-
-
-def borrowed() -> dict[str, Any]:
-    return {n: m for n, m in sys.modules.items() if n.startswith(OURS)}
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from seedling.host.paths import Folders
-    from seedling.host.standin import install
-
-    before = borrowed()
-    for name in before:
-        del sys.modules[name]
-    folders = Folders(tmp_path_factory.mktemp("studio"))
-    folders.make()
-    install(folders)
-    yield importlib.import_module("seedling.nodes")
-    for name in borrowed():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 def call(pack: Any, name: str, **inputs: Any) -> tuple[Any, ...]:

@@ -213,13 +213,13 @@ OLDER_MERGER = {"merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.
 
 def test_the_older_vision_part_has_queries_keys_and_values_apart(tmp_path: Path) -> None:
     """Qwen2.5-VL: what the file keeps apart is one layer again, quantized parts too."""
-    from seedling.model_loaders.families.qwen_image.encoder import build
+    from seedling.model_loaders.families.qwen_image.encoder import Qwen25VL
     from seedling.model_loaders.families.qwen_image.qwen2_5_vl import tiny_config
     from seedling.model_loaders.load import find
     from seedling.model_loaders.quantized import written_out
 
     config = tiny_config(300)
-    state = {k: torch.randn_like(v) for k, v in build(config).state_dict().items()}
+    state = {k: torch.randn_like(v) for k, v in Qwen25VL(config).state_dict().items()}
     text, vision = {}, {}
     for name, values in state.items():
         layer, _, leaf = name.removeprefix("model.visual.").rpartition(".")

@@ -191,7 +191,7 @@ def test_an_encoder_comes_with_its_tokenizer(tmp_path):
         tokenizer.get_vocab_size(with_added_tokens=True), hidden=64, heads=2, kv_heads=1,
         intermediate=64, vision_hidden=32, vision_heads=2, vision_intermediate=32, layers=2,
     )  # fmt: skip
-    model = randomised(ours.build(config))
+    model = randomised(ours.Qwen3VL(config))
     tensors = {k: v.bfloat16() for k, v in model.state_dict().items()}
     path = save(tmp_path / "te.safetensors", tensors, config.to_json())
     with pytest.raises(ValueError, match="te.safetensors came without its tokenizer"):

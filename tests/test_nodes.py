@@ -10,7 +10,6 @@ import importlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,47 +20,27 @@ import torch
 
 SNAPSHOT = Path(__file__).with_name("nodes_schema.json")
 WORKFLOWS = Path(__file__).with_name("workflows")
-OURS = ("comfy_api", "comfy_execution", "folder_paths", "server", "seedling.nodes")
 LANGUAGES = ("en", "zh")
 
 
-def borrowed() -> dict[str, ModuleType]:
-    """The modules that this file's stand-in brings or takes the place of."""
-    return {
-        n: m
-        for n, m in sys.modules.items()
-        if n in OURS or n.startswith(tuple(f"{o}." for o in OURS))
-    }
-
-
 @pytest.fixture(scope="module")
-def pack(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def pack(
+    node_tools: ModuleType, tiny_model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """seedling.nodes over the stand-in, with the tiny model as the embedded one."""
-    from seedling.host.paths import Folders
-    from seedling.host.standin import install
-
-    before = borrowed()
-    for name in before:
-        del sys.modules[name]
-    folders = Folders(tmp_path_factory.mktemp("studio"))
-    folders.make()
-    install(folders)
-    nodes: Any = importlib.import_module("seedling.nodes")
-    assets = tmp_path_factory.mktemp("assets")
-    for kind, path in (("diffusion_models", tiny_model.dit), ("vae", tiny_model.vae)):
-        (assets / kind).mkdir()
-        (assets / kind / "seedling-tiny.safetensors").symlink_to(path)
-    (assets / "text_encoders").mkdir()
-    (assets / "text_encoders" / "seedling-tiny.safetensors").symlink_to(tiny_model.encoder)
-    (assets / "text_encoders" / "seedling-tiny.tokenizer.json").symlink_to(tiny_model.tokenizer)
-    loaders: Any = importlib.import_module("seedling.nodes.loaders")
-    real, loaders.ASSETS = loaders.ASSETS, assets
-    nodes.input_folder = folders.of("input")
-    yield nodes
-    loaders.ASSETS = real
-    for name in borrowed():
-        del sys.modules[name]
-    sys.modules.update(before)
+    with node_tools.package(tmp_path_factory.mktemp("studio")) as (nodes, inputs):
+        assets = tmp_path_factory.mktemp("assets")
+        for kind, path in (("diffusion_models", tiny_model.dit), ("vae", tiny_model.vae)):
+            (assets / kind).mkdir()
+            (assets / kind / "seedling-tiny.safetensors").symlink_to(path)
+        (assets / "text_encoders").mkdir()
+        (assets / "text_encoders" / "seedling-tiny.safetensors").symlink_to(tiny_model.encoder)
+        (assets / "text_encoders" / "seedling-tiny.tokenizer.json").symlink_to(tiny_model.tokenizer)
+        loaders: Any = importlib.import_module("seedling.nodes.loaders")
+        real, loaders.ASSETS = loaders.ASSETS, assets
+        nodes.input_folder = inputs
+        yield nodes
+        loaders.ASSETS = real
 
 
 def listed(pack: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from seedling.model_loaders.families.qwen_image.encoder import Encoder, PictureError
 from seedling.model_loaders.families.qwen_image.qwen2_5_vl import (
     EncoderConfig,
-    build,
+    Qwen25VL,
     tiny_config,
 )
 from seedling.model_loaders.families.qwen_image.templates import PromptTokenizer
@@ -55,7 +55,7 @@ CONFIG = tiny_config(tiny.tiny_tokenizer().get_vocab_size())
 
 
 def ours(oracle: Any) -> Encoder:
-    model = build(CONFIG)
+    model = Qwen25VL(CONFIG)
     weights = {k: w for k, w in oracle.state_dict().items() if k != "lm_head.weight"}
     model.load_state_dict(weights, strict=True)
     return Encoder(model, PromptTokenizer(tiny.tiny_tokenizer()))
@@ -92,7 +92,7 @@ def test_states_are_those_of_transformers(oracle: Any, sizes: list) -> None:
     dropped = len(tiny.tokenizer()(head)["input_ids"])
     close(got.hidden, theirs[:, dropped:])
     assert not got.slots.any() and len(got.slots) == got.hidden.shape[1]
-    wide = build(CONFIG, widened(), dtype=torch.bfloat16)
+    wide = Qwen25VL(CONFIG, widened(), dtype=torch.bfloat16)
     wide.load_state_dict(encoder.model.state_dict())  # rounds: only the arithmetic is compared
     encoder.model.load_state_dict(wide.state_dict())
     again = Encoder(wide, encoder.tokenizer).encode(PROMPT, tensors, area=area)
@@ -147,5 +147,5 @@ def test_a_picture_that_is_none_is_refused_in_words(oracle: Any) -> None:
 def test_defaults_are_the_published_7b() -> None:
     assert EncoderConfig().mrope == (16, 24, 24)
     with torch.device("meta"):
-        count = sum(p.numel() for p in build(EncoderConfig(), device="meta").parameters())
+        count = sum(p.numel() for p in Qwen25VL(EncoderConfig(), device="meta").parameters())
     assert count == pytest.approx(7.7e9, rel=0.02)  # without the language head

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-OURS = ("comfy_api", "comfy_execution", "folder_paths", "server", "seedling.nodes")
 KNOBS = {"steps": 2, "guidance": 1.0, "sampler": "euler", "seed": 5}
 PROMPTS = "a red cat\nin a cup\nat night"
-
-
-def borrowed() -> dict[str, Any]:
-    return {n: m for n, m in sys.modules.items() if n.startswith(OURS)}
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from seedling.host.paths import Folders
-    from seedling.host.standin import install
-
-    before = borrowed()
-    for name in before:
-        del sys.modules[name]
-    folders = Folders(tmp_path_factory.mktemp("studio"))
-    folders.make()
-    install(folders)
-    yield importlib.import_module("seedling.nodes")
-    for name in borrowed():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 @pytest.fixture

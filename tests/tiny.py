@@ -18,7 +18,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
 from seedling.model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
-from seedling.model_loaders.families.qwen_image_21.encoder import EncoderConfig, build, tiny_config
+from seedling.model_loaders.families.qwen_image_21.encoder import (
+    EncoderConfig,
+    Qwen3VL,
+    tiny_config,
+)
 from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig
 from seedling.model_loaders.tokenizers import byte_level_bpe
 
@@ -115,7 +119,7 @@ PUBLISHED_SCHEDULER = {
 
 def _weights(dtype: torch.dtype, opaque: bool) -> dict[str, dict[str, Tensor]]:
     """Canonical names -> random weights of every part."""
-    parts = {"dit": DiT(DIT), "vae": VAE(VAE_CONFIG), "encoder": build(tiny_encoder_config())}
+    parts = {"dit": DiT(DIT), "vae": VAE(VAE_CONFIG), "encoder": Qwen3VL(tiny_encoder_config())}
     weights = {name: _drawn(module) for name, module in parts.items()}
     if opaque:  # channels of the unfolded pixels, alpha last
         weights["vae"]["decoder.conv_out.bias"][-(VAE_CONFIG.patch**2) :] += 5
@@ -155,7 +159,7 @@ def _published_vae() -> dict[str, Any]:
 
 def _published_encoder(config: EncoderConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        theirs = build(config).model.config.to_dict()
+        theirs = Qwen3VL(config).model.config.to_dict()
     pad = tiny_tokenizer().token_to_id("<|image_pad|>")
     return {**theirs, "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": pad}
 

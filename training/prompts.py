@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from ..model_loaders.families.qwen_image_21.encoder import Encoder, EncoderConfig, on_white, patches
-from ..model_loaders.families.qwen_image_21.qwen3_vl import build, tiny_config
+from ..model_loaders.families.qwen_image_21.qwen3_vl import Qwen3VL, tiny_config
 from ..model_loaders.families.qwen_image_21.templates import SYSTEM, PromptTokenizer
 from ..model_loaders.tokenizers import byte_level_bpe
 from .world.vocabulary import CHINESE, CHINESE_PLACES, CHINESE_RELATIONS
@@ -98,7 +98,7 @@ def encoder_config(prompts: Prompts) -> EncoderConfig:
 
 def build_encoder(prompts: Prompts) -> Encoder:
     """A fresh, randomly initialised encoder."""
-    model = build(encoder_config(prompts)).initialise(torch.Generator().manual_seed(0))
+    model = Qwen3VL(encoder_config(prompts)).initialise(torch.Generator().manual_seed(0))
     with torch.no_grad():  # louder words: what a layer adds must not drown them
         model.model.language_model.embed_tokens.weight.mul_(10)
     return Encoder(model, prompts.tokenizer)

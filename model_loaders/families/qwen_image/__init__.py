@@ -61,7 +61,7 @@ FAMILY = Family(
             example="qwen_2.5_vl_7b.safetensors from text_encoders/",
             layouts=keys.ENCODER_LAYOUTS,
             config=later(__name__, ".encoder", "EncoderConfig.from_header"),
-            build=later(__name__, ".encoder", "build"),
+            build=later(__name__, ".encoder", "Qwen25VL"),
             unused=keys.ENCODER_UNUSED,
             finish=with_tokenizer(__name__, "PromptTokenizer"),
         ),

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...pictures import at_area, resize, snap
 from ...qwen_vl import MERGE, Grid, on_white, patches
-from .qwen2_5_vl import PATCH, EncoderConfig, Qwen25VL, build, tiny_config
+from .qwen2_5_vl import PATCH, EncoderConfig, Qwen25VL, tiny_config
 from .templates import PromptTokenizer
 
-__all__ = ["Conditioning", "Encoder", "EncoderConfig", "PictureError", "build", "tiny_config"]
+__all__ = ["Conditioning", "Encoder", "EncoderConfig", "PictureError", "Qwen25VL", "tiny_config"]
 
 SLOT = PATCH * MERGE  # pixels per side of a vision token
 AREA = 384 * 384  # pixels of what the encoder sees of a reference

@@ -115,16 +115,6 @@ def tiny_config(vocab_size: int, **changes: Any) -> EncoderConfig:
     return replace(tiny, **changes)
 
 
-def build(
-    config: EncoderConfig,
-    operations: Operations | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Qwen25VL:
-    """The network with weights as the namespace draws them; on "meta" it takes no memory."""
-    return Qwen25VL(config, operations or TORCH, device, dtype)
-
-
 class Qwen25VL(nn.Module):
     """Token ids and picture patches to the last decoder layer's output, after the final norm."""
 

@@ -72,7 +72,7 @@ FAMILY = Family(
             example="qwen3vl_8b_bf16.safetensors from text_encoders/",
             layouts=keys.ENCODER_LAYOUTS,
             config=later(__name__, ".encoder", "EncoderConfig.from_header"),
-            build=later(__name__, ".encoder", "build"),
+            build=later(__name__, ".encoder", "Qwen3VL"),
             unused=keys.ENCODER_UNUSED,
             finish=with_tokenizer(__name__, "PromptTokenizer"),
         ),

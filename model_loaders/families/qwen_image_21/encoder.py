@@ -18,11 +18,11 @@ from torch import Tensor
 from ...layers import WORDS, Block, See, Store, computed
 from ...qwen_vl import MERGE, Grid, on_white, positions
 from ...qwen_vl import patches as shared_patches
-from .qwen3_vl import PATCH, EncoderConfig, Qwen3VL, build, tiny_config
+from .qwen3_vl import PATCH, EncoderConfig, Qwen3VL, tiny_config
 from .templates import PromptTokenizer
 
 __all__ = [  # a caller needs this module and the tokenizer's, not the network's
-    "Conditioning", "Encoder", "EncoderConfig", "PictureError", "build", "on_white", "patches",
+    "Conditioning", "Encoder", "EncoderConfig", "PictureError", "Qwen3VL", "on_white", "patches",
     "tiny_config",
 ]  # fmt: skip
 

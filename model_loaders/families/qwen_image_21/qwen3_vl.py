@@ -132,16 +132,6 @@ def _deepstack(depth: int, mergers: int) -> tuple[int, ...]:
     return tuple(step * (i + 1) - 1 for i in range(mergers))
 
 
-def build(
-    config: EncoderConfig,
-    operations: Operations | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Qwen3VL:
-    """The network with weights as the namespace draws them; on "meta" it takes no memory."""
-    return Qwen3VL(config, operations or TORCH, device, dtype)
-
-
 class Qwen3VL(nn.Module):
     """Token ids and picture patches to the last decoder layer's output, before the final norm."""
 
