@@ -30,22 +30,25 @@ def main() -> None:
     parser.add_argument(
         "--shares",
         type=float,
-        nargs=3,
-        metavar=("TEXT", "EDIT", "COMPOSE"),
-        help="of the student's rows; start with text-to-image, the cheapest, to learn to draw",
+        nargs="+",
+        metavar="SHARE",
+        help="TEXT EDIT COMPOSE SETS, of the student's rows (the last may be left out); start with "
+        "text-to-image, the cheapest, to learn to draw",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/scores"), help="where evaluate writes"
     )
     parser.add_argument("--count", type=int, default=500, help="held-out prompts of each kind")
     options = parser.parse_args()
+    if options.shares and (len(options.shares) not in (3, 4) or sum(options.shares) <= 0):
+        parser.error("--shares wants three or four numbers: TEXT EDIT COMPOSE SETS")
     torch.set_num_threads(options.threads)
     if options.stage == "tokenizer":
         from .data import draw
         from .prompts import train_tokenizer
 
         rng = np.random.default_rng(0)
-        texts = [draw(rng, (0.5, 0.3, 0.2)).prompt for _ in range(20000)]
+        texts = [draw(rng, (0.45, 0.25, 0.15, 0.15)).prompt for _ in range(20000)]
         train_tokenizer(texts, options.run / "tokenizer.json")
     elif options.stage == "vae":
         from .autoencoder import train as train_vae

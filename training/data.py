@@ -28,11 +28,15 @@ KINDS = (9, 11, 4, 3)  # classes of shape, colour, fill and size, 0 = no object
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to make: what is said, what is shown, what should come out."""
+    """One picture to make: what is said, what is shown, what should come out.
+
+    `own`: the references are earlier pictures of a set, in use the model's own.
+    """
 
     prompt: str
     references: tuple[world.Scene, ...]
     target: world.Scene
+    own: bool = False
 
 
 @dataclass
@@ -40,13 +44,15 @@ class Batch:
     """Rows of equal length.
 
     `ids` (B, L) of the conversation; `pictures` (B, R + 1, 128, 128, 4) uint8, target last;
-    `labels` (B, R + 1, 4, 64) object classes per latent token; `layout` (B, 4, 9) per cell.
+    `labels` (B, R + 1, 4, 64) object classes per latent token; `layout` (B, 4, 9) per cell; `own`
+    (B,) where the references are earlier pictures of a set.
     """
 
     ids: Tensor
     pictures: Tensor
     labels: Tensor
     layout: Tensor
+    own: Tensor
 
 
 def token_classes(scene: world.Scene) -> np.ndarray:
@@ -62,11 +68,11 @@ def draw(
     held_out: bool = False,
     level: int | None = None,
 ) -> Sample:
-    """A random text-to-image, edit or composition sample; `shares` are their odds.
+    """A random text-to-image, edit, composition or set sample; `shares` are their odds.
 
     Some prompts are left out, for guidance: then anything may come, or with a reference just that.
     """
-    kind = rng.choice(3, p=np.array(shares) / sum(shares))
+    kind = rng.choice(len(shares), p=np.array(shares) / sum(shares))
     left_out = rng.random() < 0.08 and not held_out and level is None
     if kind == 0:
         count = int(rng.integers(1, 3)) if rng.random() < FEW else None
@@ -79,8 +85,20 @@ def draw(
         if left_out:
             return Sample("", (edit.before,), edit.before)
         return Sample(edit.instruction.text, (edit.before,), edit.after)
+    if kind == 3:
+        return draw_panel(rng, held_out, left_out)
     made = world.sample_composition(rng, held_out=held_out)
     return Sample(made.instruction.text, made.references, made.target)
+
+
+def draw_panel(rng: np.random.Generator, held_out: bool, left_out: bool) -> Sample:
+    """A picture of a set after its first, which sees all before it, as the engine has it."""
+    panels = world.sample_set(rng, held_out=held_out).panels
+    place = int(rng.integers(1, len(panels)))
+    seen = tuple(panel.scene for panel in panels[:place])
+    if left_out:
+        return Sample("", seen, seen[-1], own=True)
+    return Sample(panels[place].caption.text, seen, panels[place].scene, own=True)
 
 
 def collate(samples: list[Sample], ids: list[list[int]], draw_pictures: bool = True) -> Batch:
@@ -93,7 +111,8 @@ def collate(samples: list[Sample], ids: list[list[int]], draw_pictures: bool = T
         for j, scene in enumerate(row):
             pictures[i, j], labels[i, j] = world.render(scene, SIZE), token_classes(scene)
     layout = np.stack([np.stack(world.layout(s.target)).reshape(len(KINDS), 9) for s in samples])
-    return Batch(*(torch.from_numpy(a) for a in (np.array(ids), pictures, labels, layout)))
+    own = np.array([s.own for s in samples])
+    return Batch(*(torch.from_numpy(a) for a in (np.array(ids), pictures, labels, layout, own)))
 
 
 def batches(

@@ -16,10 +16,12 @@ from .scenes import (
     sample_scene,
     split,
 )
+from .sets import SET_KINDS, Panel, PictureSet, SetVerdict, check_set, opening, sample_set
 
 __all__ = [
     "COMPOSITION_KINDS",
     "EDIT_KINDS",
+    "SET_KINDS",
     "Background",
     "Caption",
     "Composition",
@@ -27,14 +29,18 @@ __all__ = [
     "EditVerdict",
     "Found",
     "ObjectSpec",
+    "Panel",
+    "PictureSet",
     "Reading",
     "Relation",
     "Request",
     "Scene",
+    "SetVerdict",
     "Thing",
     "Verdict",
     "check",
     "check_edit",
+    "check_set",
     "class_ids",
     "describe",
     "judge",
@@ -42,6 +48,7 @@ __all__ = [
     "layout",
     "object_map",
     "object_mask",
+    "opening",
     "parse",
     "photographs",
     "read",
@@ -51,6 +58,7 @@ __all__ = [
     "sample_edit",
     "sample_request",
     "sample_scene",
+    "sample_set",
     "split",
     "write",
 ]

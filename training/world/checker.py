@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .edits import Edit
-from .fitting import fit, read_fill
+from .fitting import fit, period, read_fill
 from .render import object_mask
 from .requests import ObjectSpec, Relation, Request
 from .segment import SIDE, Ground, segment, to_side
@@ -34,7 +34,10 @@ _CAP = 99.0  # dB, for equal pixels
 
 @dataclass(frozen=True)
 class Found:
-    """One object: `x`, `y`, `radius` in shares of the picture, `lump`, `blur` in px at 128."""
+    """One object: `x`, `y`, `radius` in shares of the picture, `lump`, `blur` in px at 128.
+
+    `angle` is in radians, from 0 to where the shape looks the same again; 0 for round ones.
+    """
 
     shape: str
     colour: str
@@ -46,6 +49,7 @@ class Found:
     radius: float
     lump: float
     blur: float
+    angle: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def read(image: np.ndarray) -> Reading:
             Found(
                 best.shape, blob.colour, read_fill(blob, best), size, row * 3 + column,
                 x / SIDE, y / SIDE, best.radius / SIDE, best.lump, best.blur,
+                best.angle % period(best.shape) if period(best.shape) else 0.0,
             )
         )  # fmt: skip
     return Reading(tuple(found), ground)

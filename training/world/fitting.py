@@ -21,6 +21,11 @@ _PERIOD = {"square": math.pi / 2, "cross": math.pi / 2, "triangle": 2 * math.pi 
            "star": 2 * math.pi / 5}  # fmt: skip
 
 
+def period(shape: str) -> float:
+    """The turn in radians after which a shape looks the same again, 0 when it always does."""
+    return _PERIOD.get(shape, 2 * math.pi) if _TURNS[shape] > 1 else 0.0
+
+
 @dataclass(frozen=True)
 class Fit:
     """A shape laid over a blob: `x`, `y`, `radius`, `lump`, `blur` in pixels at 128."""
