@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant.operations import TORCH, Operations
-from .strips import Stage, Whole, run_in_strips, run_whole, work_of
+from .strips import PADDING, Layers, Stage, attend, run_in_strips, run_whole, work_of
 
 Run = Callable[[list[Stage], Tensor], Tensor]
 MEMORY = 1 << 30  # bytes of activations above which pictures are done in strips
-SCORES = 1 << 28  # of attention that may be there at once: all of them up to 2048 x 2048 pixels
 
 
 class VAEError(ValueError):
@@ -34,14 +33,19 @@ class PixelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ranks, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, dim, H, W) -> the same shape and dtype."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, dim, H, W) -> the same shape and dtype, in `out` if that is given."""
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         scale = x.shape[1] ** 0.5 / length.clamp_min(1e-12)
         gamma = self.gamma.view(-1, 1, 1).to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
-            return (x * scale).to(x.dtype) * gamma
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(gamma)
+            y = (x * scale).to(x.dtype) * gamma
+            return y if out is None else out.copy_(y)
+        return torch.mul(x, scale, out=torch.empty_like(x) if out is None else out).mul_(gamma)
+
+    def activated(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """SiLU of the same."""
+        return F.silu(self(x, out), inplace=True)
 
 
 class ResBlock(nn.Module):
@@ -50,14 +54,14 @@ class ResBlock(nn.Module):
     def __init__(self, dim: int, out_dim: int, ops: Operations, **kw) -> None:
         super().__init__()
         self.norm1 = PixelNorm(dim, 3, **kw)
-        self.conv1 = ops.Conv2d(dim, out_dim, 3, padding=1, **kw)
+        self.conv1 = ops.Conv2d(dim, out_dim, 3, padding=PADDING, **kw)
         self.norm2 = PixelNorm(out_dim, 3, **kw)
-        self.conv2 = ops.Conv2d(out_dim, out_dim, 3, padding=1, **kw)
+        self.conv2 = ops.Conv2d(out_dim, out_dim, 3, padding=PADDING, **kw)
         self.conv_shortcut = ops.Conv2d(dim, out_dim, 1, **kw) if dim != out_dim else nn.Identity()
 
-    def forward(self, x: Tensor, layers: Whole) -> Tensor:
-        y = layers.conv(self.conv1, F.silu(self.norm1(x), inplace=True))
-        y = layers.conv(self.conv2, F.silu(self.norm2(y), inplace=True))
+    def forward(self, x: Tensor, layers: Layers) -> Tensor:
+        y = layers.conv(self.conv1, x, self.norm1.activated)
+        y = layers.conv(self.conv2, y, self.norm2.activated)
         # A convolution's backward does not need its output, so adding in place is safe in training.
         return layers.join(self, y, self.conv_shortcut(x))
 
@@ -74,10 +78,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, 1, h * w, 3 * c)
-        q, k, v = qkv.chunk(3, dim=3)
-        # Not every kernel goes without the scores: a few rows of them at a time, above 2K.
-        rows = max(1, SCORES // (h * w))
-        y = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, 2)], 2)
+        y = attend(*qkv.chunk(3, dim=3))
         return self.proj(y.view(b, h, w, c).permute(0, 3, 1, 2)).add_(x)
 
 
@@ -88,7 +89,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(dim, ops, **kw)])
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = Whole()
+        layers = Layers()
         return self.resnets[1](self.attentions[0](self.resnets[0](x, layers)), layers)
 
 
@@ -103,13 +104,13 @@ class Resample(nn.Module):
     ) -> None:
         super().__init__()
         self.up = up
-        kind = {"padding": 1} if up else {"stride": 2}
+        kind = {"padding": PADDING} if up else {"stride": 2}
         # Published as the second layer, after padding or upsampling, which have no weights.
         self.resample = nn.ModuleDict({"1": ops.Conv2d(dim, out_dim, 3, **kind, **kw)})
         if temporal:
             self.time_conv = ops.Conv2d(dim, dim * 2 if up else dim, 1, **kw)
 
-    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+    def forward(self, x: Tensor, layers: Layers) -> Tensor:
         conv = self.resample["1"]
         return layers.up(conv, x) if self.up else layers.down(conv, x)
 
@@ -127,7 +128,7 @@ class DownPath(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.channels = channels
-        self.conv_in = ops.Conv2d(channels, widths[0], 3, padding=1, **kw)
+        self.conv_in = ops.Conv2d(channels, widths[0], 3, padding=PADDING, **kw)
         self.down_blocks = nn.ModuleList(blocks)
         self.cuts: list[Any] = list(self.down_blocks)
         self.mid_block = MidBlock(widths[-1], ops, **kw)
@@ -140,12 +141,12 @@ class DownPath(nn.Module):
         thin = min(first.thin, self.channels)
         return [replace(first, run=self._start, lag=first.lag + 1, thin=thin), *stages]
 
-    def _start(self, x: Tensor, layers: Whole) -> Tensor:
+    def _start(self, x: Tensor, layers: Layers) -> Tensor:
         return self.cuts[0](layers.conv(self.conv_in, x), layers)
 
     def forward(self, x: Tensor, run: Run) -> Tensor:
         x = self.mid_block(run(self.stages(), x))
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return self.conv_out(self.norm_out.activated(x))
 
 
 class UpPath(nn.Module):
@@ -160,16 +161,16 @@ class UpPath(nn.Module):
         self.mid_block = MidBlock(widths[0], ops, **kw)
         self.up_blocks = nn.ModuleList(blocks)
         self.norm_out = PixelNorm(widths[-1], 3, **kw)
-        self.conv_out = ops.Conv2d(widths[-1], channels, 3, padding=1, **kw)
+        self.conv_out = ops.Conv2d(widths[-1], channels, 3, padding=PADDING, **kw)
 
     def stages(self) -> list[Stage]:
         """What runs after the attention, and can run in strips."""
         *stages, last = (block.stage() for block in cast("Iterable[Any]", self.up_blocks))
         return [*stages, replace(last, run=self._finish, lag=last.lag + 1)]
 
-    def _finish(self, x: Tensor, layers: Whole) -> Tensor:
+    def _finish(self, x: Tensor, layers: Layers) -> Tensor:
         x = self.up_blocks[-1](x, layers)
-        return layers.conv(self.conv_out, F.silu(self.norm_out(x), inplace=True))
+        return layers.conv(self.conv_out, x, self.norm_out.activated)
 
     def forward(self, x: Tensor, run: Run) -> Tensor:
         return run(self.stages(), self.mid_block(self.conv_in(x)))

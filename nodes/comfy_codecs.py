@@ -111,11 +111,16 @@ def load_our_vae(path: str, dtype: torch.dtype | None, disable_dynamic: bool = F
             self.audio_sample_rate = 44100
             self.process_input = lambda image: image * 2.0 - 1.0
             self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-            # Large layers run in strips of about 1 GiB, which twice over is enough, where they can.
-            most = 2 << 30 if getattr(loaded.module, "runs_in_strips", True) else 1 << 62
-            self.memory_used_encode = lambda shape, kind: min(most, 8192 * shape[2] * shape[3])
-            self.memory_used_decode = lambda shape, kind: min(
-                most, 8192 * config.factor**2 * shape[2] * shape[3]
+            # Large layers run in strips of about 1 GiB, which twice over is enough, beside what a
+            # VAE holds of a whole picture.
+            held = getattr(loaded.module, "held", 0) * dtype.itemsize
+
+            def needed(pixels: int) -> int:
+                return min(8192 * pixels, (2 << 30) + held * pixels)
+
+            self.memory_used_encode = lambda shape, kind: needed(shape[2] * shape[3])
+            self.memory_used_decode = lambda shape, kind: needed(
+                config.factor**2 * shape[2] * shape[3]
             )
 
         def decode(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -78,6 +78,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What programs remember of a user is not remembered in the home of who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root."""
@@ -99,6 +105,35 @@ def neighbour(name: str) -> ModuleType:
 def tiny() -> ModuleType:
     """tests/tiny.py, which writes random tiny models."""
     return neighbour("tiny")
+
+
+@pytest.fixture(scope="session")
+def nunchaku() -> ModuleType:
+    """tests/nunchaku_tools.py: layers packed as Nunchaku's files hold them."""
+    return neighbour("nunchaku_tools")
+
+
+@pytest.fixture(scope="session")
+def peak() -> Any:
+    """How many bytes of tensors a call has alive at once: tests/live_bytes.py."""
+    return neighbour("live_bytes").peak
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads cut a convolution by its size: with few channels its last bits may change."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def quant_families() -> ModuleType:
+    """tests/quant_families.py: tiny networks of all families, and what their files must do."""
+    return neighbour("quant_families")
 
 
 @pytest.fixture(scope="session")

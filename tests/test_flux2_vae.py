@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,3 +92,57 @@ def test_gradients_reach_every_weight():
     for name, p in ours.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0 or name in log_variance or name.endswith("to_k.bias"), name
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 496, 128), (2, 104, 40)])
+def test_strips_change_no_bit(batch: int, height: int, width: int) -> None:
+    """Not even those of uneven heights: 3 and 7 divide neither 62 nor 13 rows of latents."""
+    _, ours = oracle_and_ours()
+    pixels = torch.rand(batch, 3, height, width) * 2 - 1
+    latents = ours.encode(pixels, 1)
+    picture = ours.decode(latents, 1, clamp=False)
+    for strips in (2, 3, 7):
+        assert torch.equal(ours.encode(pixels, strips), latents)
+        assert torch.equal(ours.decode(latents, strips, clamp=False), picture)
+    assert torch.equal(ours.decode(latents, memory=1 << 20, clamp=False), picture)
+
+
+@torch.no_grad()
+def test_strips_on_several_threads_differ_by_rounding_at_most() -> None:
+    _, ours = oracle_and_ours()
+    pixels = torch.rand(1, 3, 496, 128) * 2 - 1
+    latents = ours.encode(pixels, 1)
+    assert error(ours.encode(pixels, 3), latents) < 1e-5
+    whole = ours.decode(latents, 1, clamp=False)
+    assert error(ours.decode(latents, 3, clamp=False), whole) < 1e-5
+
+
+@torch.no_grad()
+def test_strips_of_a_picture_far_from_grey_equal_diffusers() -> None:
+    """Norms that read sums of squares lose digits where the mean is large; here it is 20 times the
+    deviation."""
+    oracle, ours = oracle_and_ours()
+    pixels = 1 + 0.05 * torch.randn(1, 3, 496, 128)
+    assert error(ours.encode(pixels, 3), published_latents(oracle, pixels)) < 1e-4
+
+
+@torch.no_grad()
+def test_strips_save_memory(peak: Any) -> None:
+    """At full width on the meta device: shapes and lifetimes without arithmetic."""
+    vae = VAE(device="meta")
+    pixels, latents = (torch.empty(1, *s, device="meta") for s in ((3, 512, 512), (128, 32, 32)))
+    whole = peak(vae.decode, latents, 1)
+    assert whole > 640 * 512 * 512 * 4  # values per pixel, in fp32
+    assert peak(vae.decode, latents, 32) < 0.5 * whole
+    assert peak(vae.encode, pixels, 32) < 0.6 * peak(vae.encode, pixels, 1)
+    # By itself: what layers hold, and an eighth of the memory that it was told or somewhat more.
+    held = vae.held * 512 * 512 * 4
+    assert held < peak(vae.decode, latents, memory=whole // 2) < held + whole // 8
+    assert peak(vae.decode, latents, memory=2 * whole) == whole
+
+
+def test_no_strip_at_all_is_refused() -> None:
+    with pytest.raises(VAEError, match="told 0"):
+        VAE(CONFIG, device="meta").decode(torch.empty(1, 16, 4, 4, device="meta"), 0)

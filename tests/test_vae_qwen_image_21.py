@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seedling.model_loaders.families.qwen_image_21.vae import VAE, VAEConfig, VAEError
 from seedling.quant.operations import widened
@@ -147,15 +144,6 @@ def test_gradients_equal_diffusers() -> None:
             assert (p.grad - want).abs().max() < 1e-3 * want.abs().max() + 1e-9, name
 
 
-@pytest.fixture
-def one_thread():
-    """Several threads cut a convolution by its size: with few channels its last bits may change."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def test_strips_on_several_threads_differ_by_rounding_at_most() -> None:
     _, vae = oracle_and_ours(CONFIGS["published, narrow"])
@@ -190,39 +178,8 @@ def test_strips_of_small_pictures_and_patches() -> None:
         assert torch.equal(vae.decode(latents, 50), vae.decode(latents, 1))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of all tensors made inside, and its peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if tensor(t)}
-        for t in filter(tensor, tree_leaves(out)):
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if key not in self.live and key not in given:
-                self.live[key] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, key, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def tensor(x: object) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def peak(run, *args, **kwargs) -> int:
-    with LiveBytes() as bytes_:
-        run(*args, **kwargs)
-    return bytes_.peak
-
-
 @torch.no_grad()
-def test_strips_bound_memory() -> None:
+def test_strips_bound_memory(peak: Any) -> None:
     """Full width at 1024 x 1024 on the meta device: shapes and lifetimes without arithmetic."""
     vae = VAE(VAEConfig(), device="meta")
     pixels, latents = (torch.empty(1, *s, device="meta") for s in ((4, 1024, 1024), (64, 64, 64)))
@@ -233,7 +190,7 @@ def test_strips_bound_memory() -> None:
 
 
 @torch.no_grad()
-def test_4096_pixels_need_less_than_4_gib() -> None:
+def test_4096_pixels_need_less_than_4_gib(peak: Any) -> None:
     """By itself, even where attention makes all its scores, as it does on the meta device."""
     vae = VAE(VAEConfig(), device="meta")
     pixels, latents = (torch.empty(1, *s, device="meta") for s in ((4, 4096, 4096), (64, 256, 256)))
@@ -246,7 +203,7 @@ def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     _, vae = oracle_and_ours(CONFIGS["published, narrow"])
     latents = torch.randn(1, 8, 6, 7)
     whole = vae.decode(latents)
-    monkeypatch.setattr("seedling.model_loaders.wan_vae.SCORES", 5 * 42)
+    monkeypatch.setattr("seedling.model_loaders.strips.SCORES", 5 * 42)
     assert torch.allclose(vae.decode(latents), whole, atol=1e-5)
 
 

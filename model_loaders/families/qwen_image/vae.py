@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....quant.operations import Operations
-from ...strips import Stage, Whole
+from ...strips import Layers, Stage
 from ...wan_vae import DownPath, Resample, ResBlock, UpPath, VAEError, WanVAE, check_lengths
 from .configs import LATENTS_MEAN, LATENTS_STD
 
@@ -53,7 +53,7 @@ class DownStage:
     def __init__(self, layers: list[nn.Module], dim: int, out_dim: int) -> None:
         self.layers, self.dim, self.out_dim = layers, dim, out_dim
 
-    def __call__(self, x: Tensor, layers: Whole) -> Tensor:
+    def __call__(self, x: Tensor, layers: Layers) -> Tensor:
         for layer in self.layers:
             x = layer(x, layers)
         return x
@@ -100,7 +100,7 @@ class UpBlock(nn.Module):
         else:
             self.upsamplers = None
 
-    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+    def forward(self, x: Tensor, layers: Layers) -> Tensor:
         for block in self.resnets:
             x = block(x, layers)
         return x if self.upsamplers is None else self.upsamplers[0](x, layers)

@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ....quant.operations import Operations
-from ...strips import Stage, Whole
+from ...strips import Layers, Stage
 from ...wan_vae import DownPath, Resample, ResBlock, UpPath, VAEError, WanVAE, check_lengths
 from .configs import LATENTS_MEAN, LATENTS_STD
 
@@ -109,7 +109,7 @@ class DownBlock(nn.Module):
         )
         self.downsampler = Resample(out_dim, out_dim, False, temporal, ops, **kw) if down else None
 
-    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+    def forward(self, x: Tensor, layers: Layers) -> Tensor:
         y = x
         for block in self.resnets:
             y = block(y, layers)
@@ -138,7 +138,7 @@ class UpBlock(nn.Module):
         )
         self.upsampler = Resample(out_dim, out_dim, True, temporal, ops, **kw) if up else None
 
-    def forward(self, x: Tensor, layers: Whole) -> Tensor:
+    def forward(self, x: Tensor, layers: Layers) -> Tensor:
         y = x
         for block in self.resnets:
             y = block(y, layers)
