@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model_loaders.families.qwen_image_21.dit import SLOT, DiT, DiTConfig
+from ..model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
+from ..model_loaders.families.qwen_image_21.sequence import SLOT
 
 WORDS = 64  # of the prompt, in tokens; each reference adds two more around it
 
@@ -36,8 +37,8 @@ def randomize(name: str, weight: Tensor) -> None:
         nn.init.normal_(weight, mean=0.0 if "text_norm" in name else 1.0, std=0.1)
 
 
-def diffusers_dit(c: DiTConfig) -> Any:
-    """Diffusers' network with random weights, fp32."""
+def diffusers_dit(c: DiTConfig, fill: Callable[[str, Tensor], None] = randomize) -> Any:
+    """Diffusers' network in fp32, whose weights `fill` writes."""
     from diffusers.models.transformers.transformer_qwenimage21 import (
         QwenImage21Transformer2DModel,
     )
@@ -54,7 +55,7 @@ def diffusers_dit(c: DiTConfig) -> Any:
         eps=c.eps,
     )
     for name, weight in network.named_parameters():
-        randomize(name, weight.data)
+        fill(name, weight.data)
     return network.requires_grad_(False).eval()
 
 

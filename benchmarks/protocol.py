@@ -92,6 +92,12 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
+def keep_freed_memory() -> None:
+    """From now on large blocks that were freed are used again, as in any program that runs for a
+    while: for times that are taken before `interleave`. Memory is not measured from here on."""
+    _map_blocks_from(LARGE)
+
+
 def _map_blocks_from(size: int) -> None:
     """glibc: return what is free to the system, and from now on, whenever it is freed, every block
     of `size` bytes and more."""
@@ -115,15 +121,17 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, limit: float) -> float:
 def arguments(
     description: str | None,
     threads: int = 1,
-    tiny: Mapping[str, int] | None = None,
-    **numbers: int,
+    tiny: Mapping[str, int | str] | None = None,
+    **numbers: int | str,
 ) -> argparse.Namespace:
-    """The command line that all benchmarks share, with more options that are `numbers` (name and
-    default), which `--tiny` replaces by those of `tiny`. Sets the number of threads as it says."""
+    """The command line that all benchmarks share, with more options that are `numbers` or words,
+    name and default, which `--tiny` replaces by those of `tiny`. Sets the number of threads as it
+    says."""
     _map_blocks_from(128 * 1024)  # until memory has been measured
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+        help = f"default: {default or 'all'}"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
     parser.add_argument("--threads", type=int, default=threads, help=f"default: {threads}")
     parser.add_argument("--runs", type=int, default=6, help="counted runs of each side; default: 6")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

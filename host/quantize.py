@@ -19,6 +19,8 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="FILE", help="a new .safetensors file; its "
         "plan and a comparison go beside it")  # fmt: skip
     add("--bits", type=float, metavar="N", help="for each weight on average; default: 8")
+    add("--loss", type=float, metavar="PERCENT", help="the smallest file within this error of what "
+        "the model predicts at each step, instead of --bits; 2 is hard to see")  # fmt: skip
     add("--plan", type=Path, metavar="FILE", help="follow the plan of another run instead")
     add("--prompts", required=True, type=Path, metavar="FILE", help="a prompt in each line, and "
         "after tabs the pictures it refers to; 8 to 32 that are like yours")  # fmt: skip
@@ -26,6 +28,8 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
         "budget; default: beside the new file")  # fmt: skip
     add("--six", action="store_true", help="also layers of 6 bits, which ComfyUI reads with a "
         "comfy-kitchen of 0.2.40 or later only")  # fmt: skip
+    add("--fast", action="store_true", help="round inputs of layers of 4 bits to 4 bits too, for "
+        "cards that multiply them so; it costs quality")  # fmt: skip
     add("--steps", type=int, metavar="N", help="default: as the model likes it")
     add("--seed", type=int, default=0, metavar="N")
     add("--memory", type=float, default=2, metavar="GB", help="for what is observed; default: 2")
@@ -39,11 +43,12 @@ def run(given: argparse.Namespace, choice: Choice, say: Callable[[str], None]) -
     from .generate import BAR, OrderError, device_of, load
     from .models import choose
 
-    if given.bits is not None and given.plan is not None:
-        raise OrderError("give --bits or --plan, not both.")
+    if sum(way is not None for way in (given.bits, given.loss, given.plan)) > 1:
+        raise OrderError("give one of --bits, --loss and --plan.")
     tasks = tasks_of(given.prompts, given.steps, given.seed)
     pipeline = load(choose(choice), device_of(given.device), say)
-    wish = Wish(given.bits, given.plan, given.trials, int(given.memory * (1 << 30)), given.six)
+    memory = int(given.memory * (1 << 30))
+    wish = Wish(given.bits, given.loss, given.plan, given.trials, memory, given.six, given.fast)
     with tqdm(desc="layers", bar_format=BAR) as bar:
 
         def progress(done: int, of: int) -> None:

@@ -30,8 +30,10 @@ COMFYUI = {
     "weight_codebook": "weight_codebook",
 }  # fmt: skip
 UNUSED = ("input_scale", "scale_input", "weight_format")  # inputs are measured as they come
-NUNCHAKU = ("wscales", "smooth_factor", "proj_down", "proj_up", "wcscales", "wtscale")
+NUNCHAKU = ("wscales", "smooth_factor", "proj_down", "proj_up", "wcscales", "wtscale", "wzeros")
 NUNCHAKU_UNUSED = ("smooth_factor_orig",)
+FUSED = (".to_qkv", ".add_qkv_proj", ".qkv_proj", ".qkv_proj_context")
+BEHIND_GELU = ".net.2"  # of diffusers' FeedForward; Nunchaku's engine shifts its inputs for int4
 PACKED = ("nvfp4", "convrot_w4a4")  # two weights in a byte of "weight"
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 FOUR_BIT = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(nf4|fp4)")
@@ -49,9 +51,10 @@ def recognised(path: Path, names: Names, metadata: Mapping[str, str]) -> dict[st
         _four_bit(path, left, name)
     for name in [n for n in left if n.endswith(".SCB")]:
         layer = name.removesuffix(".SCB")
+        if f"{layer}.weight" not in left:
+            raise damaged(path, f"has {printable(name)} but no weight of that layer")
         _put(left, layer, "llm_int8", left[f"{layer}.weight"].shape, {"SCB": name})
-    for name in [n for n in left if n.endswith(".qweight")]:
-        _nunchaku(left, name.removesuffix(".qweight"))
+    _nunchaku(path, left)
     for name, info in [*left.items()]:
         if info.form is None and info.dtype in FLOAT8:
             parts = {"weight": info}
@@ -113,6 +116,8 @@ def _take(path: Path, left: dict[str, TensorInfo], layer: str, settings: dict[st
     if relative is not None and len(relative.shape) == 2 and isinstance(size, int):
         sides = (sides[0], relative.shape[1] * size)
     beside = {own: f"{layer}.{name}" for name, own in COMFYUI.items() if f"{layer}.{name}" in left}
+    if format in FLOAT8.values() and "weight_scale" not in beside:  # only plain casts have none
+        raise damaged(path, f"has {printable(layer)} as {format} without its weight_scale")
     _put(left, layer, format, sides, beside, settings)
 
 
@@ -143,21 +148,51 @@ def _four_bit(path: Path, left: dict[str, TensorInfo], name: str) -> None:
     _put(left, layer, format, tuple(shape), beside, settings)
 
 
-def _nunchaku(left: dict[str, TensorInfo], layer: str) -> None:
-    packed = left.pop(f"{layer}.qweight")
-    beside = {part: key for part in NUNCHAKU if (key := f"{layer}.{part}") in left}
-    for part in NUNCHAKU_UNUSED:
-        left.pop(f"{layer}.{part}", None)
-    left[f"{layer}.weight"] = packed
-    if "proj_down" not in beside or len(packed.shape) != 2:  # its 4-bit weights for 16-bit inputs
-        beside |= {"wzeros": f"{layer}.wzeros"} if f"{layer}.wzeros" in left else {}
-        _put(left, layer, "awq_w4a16", packed.shape, beside)
-        return
+def _nunchaku(path: Path, left: dict[str, TensorInfo]) -> None:
+    """Every layer of Nunchaku's. Files for its own engine fuse queries, keys and values, and have
+    the habits of its kernels; those for diffusers ("Nunchaku Lite") hold each layer as it is."""
+    layers = [n.removesuffix(".qweight") for n in left if n.endswith(".qweight")]
+    own_engine = any(layer.endswith(FUSED) for layer in layers)
+    for layer in layers:
+        packed = left[f"{layer}.weight"] = left.pop(f"{layer}.qweight")
+        beside = {part: key for part in NUNCHAKU if (key := f"{layer}.{part}") in left}
+        for part in NUNCHAKU_UNUSED:
+            left.pop(f"{layer}.{part}", None)
+        if len(packed.shape) != 2:
+            raise damaged(path, f"has a qweight of {printable(layer)} of {packed.shape}")
+        if "wzeros" in beside:
+            _awq(left, layer, beside, own_engine)
+        else:
+            _svdquant(left, layer, beside, own_engine)
+
+
+def _svdquant(
+    left: dict[str, TensorInfo], layer: str, beside: dict[str, str], own_engine: bool
+) -> None:
+    packed = left[f"{layer}.weight"]
     small = left[beside["wscales"]].dtype in ("F8_E4M3", "U8") if "wscales" in beside else False
+    bias = left.get(f"{layer}.bias")
+    if bias is not None and own_engine and not small and layer.endswith(BEHIND_GELU):
+        parts = {key: left[beside[key]] for key in ("wscales", "smooth_factor") if key in beside}
+        parts |= {"weight": bias, "codes": packed}
+        left[f"{layer}.bias"] = _quantized(bias, "svdquant_shifted_vector", bias.shape, parts)
+    elif bias is not None:
+        left[f"{layer}.bias"] = _quantized(bias, "svdquant_vector", bias.shape, {"weight": bias})
     format = "svdquant_nvfp4" if small else "svdquant_int4"
     _put(left, layer, format, (packed.shape[0], 2 * packed.shape[1]), beside)
-    if (bias := left.get(f"{layer}.bias")) is not None:
-        left[f"{layer}.bias"] = _quantized(bias, "svdquant_vector", bias.shape, {"weight": bias})
+
+
+def _awq(left: dict[str, TensorInfo], layer: str, beside: dict[str, str], own_engine: bool) -> None:
+    rows, half = left[f"{layer}.weight"].shape
+    out, width = 4 * rows, 2 * half
+    splits = out // width if own_engine and out in (3 * width, 6 * width) else 1
+    _put(left, layer, "awq_w4a16", (out, width), beside, {"splits": splits})
+    bias = left.get(f"{layer}.bias")
+    if bias is not None and splits > 1:
+        parts = {"weight": bias}
+        left[f"{layer}.bias"] = _quantized(
+            bias, "awq_vector", bias.shape, parts, {"splits": splits}
+        )
 
 
 def _read(info: TensorInfo) -> bytes:

@@ -33,9 +33,10 @@ def rotation(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate channel pairs of x (B, tokens, heads, head_dim) by `turn` (tokens, head_dim / 2)."""
+    """Rotate channel pairs of x (B, tokens, heads, head_dim) by `turn` (tokens, head_dim / 2), or
+    (B, tokens, head_dim / 2) where each of the batch lies elsewhere."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turn[..., None, :]).flatten(-2).to(x.dtype)
 
 
 def timestep_features(t: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..quant.machine import Machine, machine_of
 from ..quant.operations import TORCH, Operations, has_bf16_products, widened
+from ..quant.streaming import RoomError, stream
 from .bundle import part
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint, staging_buffer
 from .detection import (
@@ -35,6 +37,7 @@ from .lora import is_lora
 from .quantized import check_formats, formats, hold, quantization_note, state_of, written_out
 
 # The folder of each component in a diffusers pipeline.
+Precision = torch.dtype | Literal["auto"] | None
 FOLDERS: dict[Kind, str] = {"dit": "transformer", "vae": "vae", "encoder": "text_encoder"}
 
 
@@ -44,7 +47,7 @@ class Loaded:
 
     `module` is the network, or what the family makes of it (an encoder with its tokenizer).
     `schedule` is there for a DiT. `checkpoint` has canonical names and can be read again; `notes`
-    are for the user.
+    are for the user. `resident`: bytes of its weights on its device.
     """
 
     module: Any
@@ -57,15 +60,17 @@ class Loaded:
     layout: str
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
+    resident: int = 0
 
 
 def load_dit(
     path: Path | str,
     *,
     operations: Operations | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Precision = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
+    vram: int | None = None,
 ) -> Loaded:
     """Load a diffusion model from a file, its folder, or the folder of the whole pipeline.
 
@@ -73,17 +78,21 @@ def load_dit(
 
     Without `operations` and `dtype` weights stay as they are stored: 32 bits run in plain torch, 16
     bits on a CPU in `widened` layers, with fp32's arithmetic. Asking for bf16 by name also allows
-    its arithmetic, where the processor has it; `notes` then say so. Raises CheckpointError: one
-    sentence that names the file.
+    its arithmetic, where the processor has it; "auto" asks for what the machine computes fastest
+    (`automatic`); `notes` then say so. Quantized weights stay as they are stored either way.
+
+    `vram` bytes of weights may lie on `device`; blocks beyond that wait in the host's memory and
+    pass through (`quant.streaming`; 0: all blocks). Raises CheckpointError: one sentence that names
+    the file.
     """
-    return _load(find("dit", path, variant), operations, dtype, device)
+    return _load(find("dit", path, variant), operations, dtype, device, vram)
 
 
 def load_vae(
     path: Path | str,
     *,
     operations: Operations | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Precision = None,
     device: torch.device | str = "cpu",
 ) -> Loaded:
     """Load a VAE; as `load_dit`. Off the CPU fp16 becomes bf16, whose range it needs."""
@@ -94,29 +103,34 @@ def load_encoder(
     path: Path | str,
     *,
     operations: Operations | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Precision = None,
     device: torch.device | str = "cpu",
     tokenizer_paths: Sequence[Path | str] = (),
+    vram: int | None = None,
 ) -> Loaded:
     """Load a text encoder with its tokenizer; as `load_dit`.
 
     The tokenizer is looked for beside the file and in `tokenizer_paths` (files or folders).
     """
     found = find("encoder", path)
-    return _load(found, operations, dtype, device, tokenizer_paths=tokenizer_paths)
+    return _load(found, operations, dtype, device, vram, tokenizer_paths=tokenizer_paths)
 
 
 def _load(
     found: Found,
     operations: Operations | None,
-    dtype: torch.dtype | None,
+    precision: Precision,
     device: torch.device | str,
+    vram: int | None = None,
     **finish: Any,
 ) -> Loaded:
     kind, device = found.component.kind, torch.device(device)
     config, own = config_of(found), operations is None
-    quantized = dtype is None and bool(formats(found.checkpoint))
-    stored = plain_dtype(found.checkpoint)
+    coded, stored = bool(formats(found.checkpoint)), plain_dtype(found.checkpoint)
+    dtype = precision if isinstance(precision, torch.dtype) else None
+    if precision == "auto" and own and not coded:
+        dtype = automatic(kind, stored, machine_of(device))
+    quantized = dtype is None and coded
     if quantized and device.type != "cpu":
         dtype = arithmetic(device)
     operations, dtype = _precision(kind, operations, dtype, device, stored, quantized)
@@ -125,7 +139,9 @@ def _load(
     refuse_differences(found, differences)
     schedule = schedule_of(found) if kind == "dit" else None
     lender = Lender(module, found.component, found.checkpoint, dtype, device) if own else None
-    fill(module, found.checkpoint, dtype, device, quantized)
+    place = device if vram is None else torch.device("cpu")
+    fill(module, found.checkpoint, dtype, place, quantized)
+    streamed, resident = _streamed(module, found, device, vram)
     lent = lender.into(module) if lender else ()
     ready: Any = module
     if found.component.finish is not None:
@@ -140,14 +156,61 @@ def _load(
         checkpoint=found.checkpoint,
         layout=found.layout.name,
         dtype=dtype or stored,
+        resident=resident,
         notes=(
             *variant_note(found),
             *unused_note(differences),
             *lent,
+            *streamed,
             *precision_note(operations),
+            *(_automatic_note(dtype or stored, device) if precision == "auto" and own else ()),
             *quantization_note(module, found.checkpoint),
         ),
     )
+
+
+def _streamed(
+    module: nn.Module, found: Found, device: torch.device, vram: int | None
+) -> tuple[tuple[str, ...], int]:
+    """Move the network to `device`, but for blocks beyond `vram` bytes (None: all is there).
+
+    A note for the user, and how many bytes of weights lie on the device.
+    """
+    whole = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    if vram is None:
+        return (), whole
+    try:
+        streamer = stream(module, device, vram or None)
+    except RoomError as error:
+        raise CheckpointError(f"{found.checkpoint.name}: {error}") from None
+    if streamer is None:
+        return (), whole
+    note = (
+        f"{len(streamer.blocks)} of its blocks, {streamer.waiting / 1e9:.3g} GB, wait in the "
+        f"host's memory and are copied while others compute; {streamer.bytes / 1e9:.3g} GB stay on "
+        "the device."
+    )
+    return (note,), streamer.bytes
+
+
+def automatic(kind: Kind, stored: torch.dtype, machine: Machine) -> torch.dtype | None:
+    """The dtype of weights that `machine` multiplies fastest; None: as they are stored.
+
+    bf16 where there are units for it, fp16 on cards before them. A VAE is not rounded any further:
+    its picture shows it, and its time is short; without bf16's range it needs fp32's.
+    """
+    if machine.kind == "cpu":
+        return torch.bfloat16 if stored == torch.bfloat16 and machine.bf16 else None
+    if machine.kind != "cuda":
+        return None
+    if not machine.bf16:
+        return torch.float32 if kind == "vae" else torch.float16
+    return torch.bfloat16 if stored.itemsize > 2 and kind != "vae" else None
+
+
+def _automatic_note(chosen: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    name = str(chosen).removeprefix("torch.")
+    return (f"auto: what is not quantized is kept in {name}, on {machine_of(device)}.",)
 
 
 def precision_note(operations: Operations) -> tuple[str, ...]:

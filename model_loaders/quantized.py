@@ -52,35 +52,45 @@ def check_formats(checkpoint: Checkpoint) -> None:
             )
 
 
-def layout_of_tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> Layout:
-    """A quantized weight as it is stored, on `device`: mapped from the file where that is the CPU.
+def layout_of_tensor(
+    checkpoint: Checkpoint, name: str, device: torch.device, copied: bool = False
+) -> Layout:
+    """A quantized weight as it is stored, on `device`: mapped from the file where that is the CPU,
+    unless it is to be `copied`.
 
     Raises CheckpointError, with the layer's name, where its tensors do not fit its format.
     """
     from ..quant.layouts import LayoutError
+    from ..quant.machine import MachineError, choose, machine_of
 
     info = checkpoint.names[name]
     try:
-        return _layout(checkpoint, info, info.rows).to(device)
+        if info.form is not None:  # before any of it is read
+            choose(info.form.format, machine_of(device), (1, 1))
+        return _layout(checkpoint, info, info.rows, copied).to(device)
     except LayoutError as error:
         raise CheckpointError(
             f"{shown(info.file)}: {printable(name)} {error}; download it again, or use another "
             "file."
         ) from None
+    except MachineError as error:
+        raise CheckpointError(f"{shown(info.file)}: {printable(name)} {error}.") from None
 
 
-def _layout(checkpoint: Checkpoint, info: TensorInfo, rows: tuple[int, int] | None) -> Layout:
+def _layout(
+    checkpoint: Checkpoint, info: TensorInfo, rows: tuple[int, int] | None, copied: bool
+) -> Layout:
     from ..quant import layouts
 
     form = info.form
     if form is None:
-        return layouts.Plain(checkpoint.mapped(info))
+        return layouts.Plain(_copied(checkpoint, info) if copied else checkpoint.mapped(info))
     if form.format == "joined":
-        parts = [_layout(checkpoint, part, None) for part in form.parts.values()]
+        parts = [_layout(checkpoint, part, None, copied) for part in form.parts.values()]
         return layouts.Joined(parts)
     kind = layouts.layouts()[form.format]
     tensors = {
-        key: _copied(checkpoint, part) if kind.reorders else checkpoint.mapped(part)
+        key: _copied(checkpoint, part) if copied or kind.reorders else checkpoint.mapped(part)
         for key, part in form.parts.items()
     }
     shape = (info.shape[0], math.prod(info.shape[1:])) if info.shape else (1, 1)
@@ -113,7 +123,7 @@ def hold(
     buffer = Buffer()
     for path, layer in [*module.named_modules()]:
         info = checkpoint.names.get(f"{path}.weight")
-        if info is None or info.form is None:
+        if info is None or info.form is None or getattr(layer, "weight", None) is None:  # lent
             continue
         if isinstance(layer, nn.Linear):
             layout = layout_of_tensor(checkpoint, f"{path}.weight", device)
@@ -139,7 +149,7 @@ def quantization_note(module: nn.Module, checkpoint: Checkpoint) -> tuple[str, .
         return ()
     from ..quant.linear import Holder
 
-    layouts = [m.layout for m in module.modules() if isinstance(m, Holder)]
+    layouts = [m.layout for m in module.modules() if isinstance(m, Holder) and m.layout.bytes]
     if not layouts:
         return (f"The file has its weights as {found}; they were written out.",)
     native = Counter(layout.native for layout in layouts if layout.native)

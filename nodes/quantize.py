@@ -100,7 +100,9 @@ def file_of(name: str) -> Path:
     plain = name.strip().removesuffix(".safetensors")
     if not plain or set(plain) & set('/\\:*?"<>|') or plain.startswith(".") or len(plain) > 100:
         raise SamplingError(f"{name!r} is no name for a file; use letters, digits, - and _.")
-    return Path(folder_paths.get_folder_paths("diffusion_models")[0]) / f"{plain}.safetensors"
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    own = next((f for f in folders if f.name == "diffusion_models"), folders[0])  # not models/unet
+    return own / f"{plain}.safetensors"
 
 
 def side_by_side(made: Made) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .lookup import look_up_pairs, pairs_table
 
 
 class FourBit(Layout):
@@ -42,7 +43,6 @@ class FourBit(Layout):
     def values(self, rows: Rows = ALL) -> Tensor:
         out, width = self.shape
         bytes = self.stored[rows]
-        codes = torch.stack((bytes >> 4, bytes & 15), dim=-1).flatten(-2)
         if width % self.size == 0:
             scale = self.scale.view(out, -1)[rows]
         else:  # blocks run over the ends of rows
@@ -50,8 +50,9 @@ class FourBit(Layout):
             scale = self.scale[
                 (row * width + torch.arange(width, device=bytes.device)) // self.size
             ]
-        return (self.table[codes.int()].unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
-                ).flatten(-2)  # fmt: skip
+        levels = look_up_pairs(pairs_table(self.table, upper_first=True), bytes)
+        levels.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+        return levels
 
 
 class NF4(FourBit):

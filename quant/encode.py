@@ -38,6 +38,7 @@ class Way:
 
 
 SIX = "6 bits"
+FOUR, FOUR_BY_FOUR = "4 bits", "4 bits, inputs too"
 WAYS = {
     way.name: way
     for way in (
@@ -45,7 +46,8 @@ WAYS = {
         Way("int8 rotated", "int8_tensorwise", rotated=True),
         Way(SIX, "asym_w4a8_int8", rotated=True),
         Way("4 bits in groups", "asym_w4a8_int8", rotated=True),
-        Way("4 bits", "convrot_w4a4", rotated=True),
+        Way(FOUR, "convrot_w4a4", rotated=True),
+        Way(FOUR_BY_FOUR, "convrot_w4a4", rotated=True, bits=4),
         Way("nvfp4 smoothed", "nvfp4", rotated=False, bits=16),
     )
 }
@@ -203,7 +205,7 @@ def packed(way: Way, codes: Tensor, grid: Grid, group: int, smooth: Tensor | Non
         settings |= {"convrot": True, "convrot_groupsize": group} if group else {}
     elif way.format == "convrot_w4a4":
         tensors = {"weight": _pairs((codes - 7) & 15), "weight_scale": grid.scale.flatten()}
-        settings |= {"convrot_groupsize": group, "linear_dtype": "int8"}
+        settings |= {"convrot_groupsize": group, "linear_dtype": f"int{way.bits}"}
     elif way.format == "asym_w4a8_int8":
         assert grid.whole is not None
         tensors = {

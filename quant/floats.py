@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .lookup import constant, look_up_pairs, numbers_of, pairs_table
 
 # E2M1: the 8 magnitudes of a 4-bit number; the top bit is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -30,26 +32,10 @@ class Float8(Layout):
 
     def values(self, rows: Rows = ALL) -> Tensor:
         scale = self.scale if self.scale.numel() == 1 else self.scale[rows]
-        return self.stored[rows].float() * scale
+        return numbers_of(self.stored[rows]).mul_(scale)
 
-    @property
-    def native(self) -> str:
-        return "float8 products" if not self.full and _has_float8(self.stored.device) else ""
-
-    def product(self, x: Tensor) -> Tensor | None:
-        """W x with x rounded to float8 by rows, on cards that multiply float8 (sm 8.9 and up)."""
-        rows = x.numel() // x.shape[-1]
-        fits = self.shape[0] % 16 == 0 and self.shape[1] % 16 == 0 and self.dtype == Float8.dtype
-        if not (fits and self.native and x.dtype == torch.bfloat16 and rows):
-            return None
-        flat = x.reshape(rows, -1)
-        own = (flat.abs().amax(dim=1, keepdim=True).float() / 448).clamp_min(1e-12)
-        narrow = (flat / own).clamp(-448, 448).to(self.dtype)
-        scale = self.scale.reshape(1, -1).expand(1, self.shape[0]).contiguous()
-        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            narrow, self.stored.t(), scale_a=own, scale_b=scale, out_dtype=torch.bfloat16
-        )
-        return y.unflatten(0, x.shape[:-1])
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        return kernels.float8(x, self.stored, self.scale)
 
 
 class Float8E5M2(Float8):
@@ -57,17 +43,15 @@ class Float8E5M2(Float8):
     dtype = torch.float8_e5m2
 
 
-def _has_float8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 class MXFloat8(Layout):
     format = "mxfp8"
+    reorders = True
     exponent: Tensor
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.shape)
         parts.needs_multiple(32, "groups of")
+        self.full = parts.setting("full_precision_matrix_mult", False)
         scale = parts.need("weight_scale", torch.uint8)
         self.keep(
             stored=parts.weight(torch.float8_e4m3fn, self.shape[1]),
@@ -76,19 +60,24 @@ class MXFloat8(Layout):
 
     def values(self, rows: Rows = ALL) -> Tensor:
         scale = torch.exp2(self.exponent[rows].float() - 127)
-        return _grouped(self.stored[rows].float(), scale)
+        return _grouped(numbers_of(self.stored[rows]), scale)
+
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        return kernels.mxfp8(x, self.stored, tiled(self.exponent))
 
 
 class NVFloat4(Layout):
     """Two numbers in a byte, the first in its upper half. `smooth` (in,) multiplies the inputs."""
 
     format = "nvfp4"
+    reorders = True
     whole: Tensor
     smooth: Tensor | None
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.shape)
         parts.needs_multiple(16, "groups of")
+        self.full = parts.setting("full_precision_matrix_mult", False)
         scale = parts.need("weight_scale", torch.float8_e4m3fn)
         scale = untiled(scale.view(torch.uint8), parts.out, self.shape[1] // 16)
         smooth = parts.get("pre_quant_scale")
@@ -102,10 +91,9 @@ class NVFloat4(Layout):
         )
 
     def values(self, rows: Rows = ALL) -> Tensor:
-        table = torch.tensor((*E2M1, *(-v for v in E2M1)), device=self.stored.device)
-        bytes = self.stored[rows]
-        codes = torch.stack((bytes >> 4, bytes & 15), dim=-1).flatten(-2)
-        return _grouped(table[codes.int()], self.whole * self.scale[rows].float())
+        table = constant(_e2m1_pairs, self.stored.device)
+        values = look_up_pairs(table, self.stored[rows])
+        return _grouped(values, self.whole * self.scale[rows].float())
 
     def inputs(self, x: Tensor) -> Tensor:
         return x if self.smooth is None else x * self.smooth.to(x.dtype)
@@ -114,10 +102,19 @@ class NVFloat4(Layout):
         values = self.values(rows)
         return values if self.smooth is None else values * self.smooth
 
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        scale = tiled(self.scale.view(torch.uint8))
+        return kernels.nvfp4(self.inputs(x), self.stored, scale, self.whole)
+
 
 def _grouped(values: Tensor, scale: Tensor) -> Tensor:
-    """values (n, in) times scales (n, groups)."""
-    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+    """values (n, in), which nobody else holds, times scales (n, groups)."""
+    values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+    return values
+
+
+def _e2m1_pairs() -> Tensor:
+    return pairs_table(torch.tensor((*E2M1, *(-v for v in E2M1))), upper_first=True)
 
 
 def _padded(rows: int, columns: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Products of int8 matrices: oneDNN's on a CPU, cuBLAS's through torch on a card.
+"""Products of int8 matrices on a CPU, by oneDNN.
 
-Inputs are rounded for each row of x on its own. On a CPU they become unsigned, x = lo + s q, so
+Inputs are rounded for each row of x on its own. They become unsigned, x = lo + s q, so
 that W x = s (W q) + lo (W 1), which uses all levels also for inputs of one sign.
 """
 
@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+CACHED = 1 << 18  # inputs that are rounded at a time
 TEST = 64  # inputs of the product that is tried first
 
 
@@ -47,20 +48,38 @@ def _linear(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     )
 
 
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (n, in) as codes (n, in), with low and step (n, 1) of each row: x = low + step codes.
+
+    As many rows at a time as stay in the cache, and two reductions: `aminmax` of a dimension takes
+    eight times as long as `amin` and `amax` together.
+    """
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    low, step = x.new_empty(len(x), 1), x.new_empty(len(x), 1)
+    rows = max(1, CACHED // max(x.shape[1], 1))
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        own = x[part]
+        torch.amin(own, dim=1, keepdim=True, out=low[part])
+        span = torch.amax(own, dim=1, keepdim=True) - low[part]
+        step[part] = (span / levels()).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes[part] = (own - low[part]).div_(step[part]).round_()
+    return codes, low, step
+
+
 class Packed:
     """An int8 matrix (out, in) as oneDNN wants it; it takes the place of the plain one."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.shape = matrix.shape
         self.packed = torch.ops.onednn.qlinear_prepack(matrix.contiguous(), None)
-        self.sums = matrix.sum(dim=1, dtype=torch.int32).float()
+        # A few rows at a time, for torch sums a copy in 32 bits: four times the matrix.
+        rows = matrix.split(max(1, CACHED // max(matrix.shape[1], 1)))
+        self.sums = torch.cat([part.sum(dim=1, dtype=torch.int32) for part in rows]).float()
 
     def __call__(self, x: Tensor, scale: Tensor) -> Tensor:
         """x (..., in) in fp32 -> (..., out); scale (out, 1) of the weight."""
-        flat = x.float().reshape(-1, x.shape[-1])
-        low, high = flat.aminmax(dim=1, keepdim=True)
-        step = ((high - low) / levels()).clamp_min(torch.finfo(torch.float32).tiny)
-        codes = ((flat - low) / step).round_().to(torch.uint8)
+        codes, low, step = _rounded(x.detach().float().reshape(-1, x.shape[-1]))
         y = _linear(codes, self.packed, scale.flatten()).mul_(step)
         y.addmm_(low, (self.sums * scale.flatten())[None])
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
@@ -72,21 +91,3 @@ class Packed:
         for units in torch.eye(width, dtype=torch.uint8).split(256):
             parts.append(_linear(units.contiguous(), self.packed, ones))
         return torch.cat(parts).t()
-
-
-def fits(out: int, width: int) -> bool:
-    """Whether `on_card` can multiply a weight of this shape."""
-    return out % 8 == 0 and width % 8 == 0
-
-
-def on_card(x: Tensor, stored: Tensor, scale: Tensor) -> Tensor:
-    """W x for x (..., in) on a card, each row rounded to int8; cuBLAS wants more than 16 rows."""
-    flat = x.reshape(-1, x.shape[-1])
-    rows = len(flat)
-    step = (flat.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(1e-12)
-    codes = (flat / step).round_().to(torch.int8)
-    if rows < 17:
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, 17 - rows))
-    y = torch._int_mm(codes, stored.t())[:rows]  # pyright: ignore[reportPrivateImportUsage]
-    y = (y.float() * step * scale.flatten()).to(x.dtype)
-    return y.reshape(*x.shape[:-1], -1)

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import int8_product
+from . import int8_product, kernels
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .lookup import constant, look_up_bytes, look_up_pairs, pairs_table, signed_pairs
 from .rotation import GROUP, is_group, rotate
 
 
@@ -58,25 +59,19 @@ class Int8(_Rotated):
             return self.packed.matrix()[rows] * self.scale[rows]
         return self.stored[rows].float() * self.scale[rows]
 
-    def _on_cpu(self) -> bool:
-        return self.scale.device.type == "cpu" and not self.full and int8_product.on_cpu()
-
     def _apply(self, fn: Callable, recurse: bool = True) -> Layout:  # type: ignore[override]
         if self.packed is not None and fn(self.scale).device.type != "cpu":
             self.keep(stored=self.packed.matrix().to(torch.int8))
             self.packed = None
         return super()._apply(fn, recurse)
 
-    @property
-    def native(self) -> str:
-        on_card = self.scale.device.type == "cuda" and int8_product.fits(*self.shape)
-        return "int8 products" if self._on_cpu() or (on_card and not self.full) else ""
-
-    def product(self, x: Tensor) -> Tensor | None:
-        if not self.native:
-            return None
-        if not self._on_cpu():
-            return int8_product.on_card(self.inputs(x), self.stored, self.scale)
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        if function == "comfy_kitchen.int8_linear":
+            return kernels.int8(x, self.stored, self.scale, self.group)
+        if function == "torch._int_mm":
+            return kernels.int8_of_torch(self.inputs(x), self.stored, self.scale)
+        if self.passing:
+            return int8_product.Packed(self.stored)(self.inputs(x), self.scale)
         if self.packed is None:  # from now on it is kept as that product wants it, once
             self.packed = int8_product.Packed(self.stored)
             self.keep(stored=None)
@@ -104,14 +99,21 @@ class Int4(_Rotated):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.shape)
         parts.needs_multiple(2, "pairs of")
+        self.full = parts.setting("full_precision_matrix_mult", False)
         self.read_group(parts)
+        self.inputs_as = parts.setting("linear_dtype", "int4")  # what products round inputs to
+        if self.inputs_as not in ("int4", "int8"):
+            raise LayoutError(f"has inputs as {self.inputs_as!r}, needed are int4 or int8")
         self.keep(
             stored=parts.weight(torch.int8, self.shape[1] // 2),
             scale=parts.scales("weight_scale").float().expand(self.shape[0], 1).contiguous(),
         )
 
     def values(self, rows: Rows = ALL) -> Tensor:
-        return signed(pairs(self.stored[rows])) * self.scale[rows]
+        return signed_pairs(self.stored[rows]).mul_(self.scale[rows])
+
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        return kernels.int4(x, self.stored, self.scale, self.group, self.inputs_as)
 
 
 class GroupedInt4(_Rotated):
@@ -121,6 +123,7 @@ class GroupedInt4(_Rotated):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.shape)
+        self.full = parts.setting("full_precision_matrix_mult", False)
         self.read_group(parts)
         width = self.shape[1]
         self.size = parts.setting("group_size", 16)
@@ -145,23 +148,46 @@ class GroupedInt4(_Rotated):
 
     def integers(self, rows: Rows = ALL) -> Tensor:
         """Rows on the int8 grid, in fp32."""
-        codes = codes_of(self.stored[rows], self.shape[1], self.bits)
-        if self.table is None:
-            levels = codes.float() - (1 << (self.bits - 1))
+        stored = self.stored[rows]
+        if self.bits == 6:
+            levels = codes_of(stored, self.shape[1], self.bits).float().sub_(32)
+        elif self.table is None:
+            levels = look_up_pairs(constant(_even_pairs, stored.device), stored.view(torch.uint8))
         else:
-            levels = self.table[codes.int()]
-        scale = self.scale[rows].float()[..., None]
-        return (levels.unflatten(-1, (-1, self.size)) * scale).flatten(-2).round().clamp(-127, 127)
+            table = pairs_table(self.table, upper_first=False)
+            levels = look_up_pairs(table, stored.view(torch.uint8))
+        levels.unflatten(-1, (-1, self.size)).mul_(self.scale[rows].float()[..., None])
+        return levels.round_().clamp_(-127, 127)
 
     def values(self, rows: Rows = ALL) -> Tensor:
-        return self.integers(rows) * self.whole[rows]
+        return self.integers(rows).mul_(self.whole[rows])
+
+    @property
+    def kind(self) -> str:
+        return self.format if self.bits == 4 else "asym_w6a8_int8"
+
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        scales = self.scale, self.whole
+        return kernels.grouped(x, self.stored, scales, self.table, self.group, self.size)
+
+
+def _even_pairs() -> Tensor:
+    return pairs_table(torch.arange(16) - 8, upper_first=False)
 
 
 def codes_of(stored: Tensor, width: int, bits: int) -> Tensor:
     """Codes (n, width) of packed rows; of 6 bits, the upper two follow the lower four in a row."""
     stored = stored.view(torch.uint8)
-    codes = pairs(stored[:, : width // 2])
     if bits == 4:
-        return codes
-    high = stored[:, width // 2 :, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    return codes | ((high & 3).flatten(-2) << 4)
+        return pairs(stored[:, : width // 2])
+    low = look_up_bytes(constant(_halves, stored.device), stored[:, : width // 2])
+    return low | look_up_bytes(constant(_quarters, stored.device), stored[:, width // 2 :])
+
+
+def _halves() -> Tensor:
+    return pairs(torch.arange(256, dtype=torch.uint8)[:, None])
+
+
+def _quarters() -> Tensor:
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return ((torch.arange(256, dtype=torch.uint8)[:, None] >> shifts) & 3) << 4

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .machine import WIDENED, Rule, choose, machine_of
+
 Rows = slice | Tensor
 ALL = slice(None)
 
@@ -29,6 +31,8 @@ class Layout(nn.Module):
 
     format: str = ""  # as files call it
     reorders = False  # whether its tensors are others than those of the file
+    full = False  # the file wants inputs that are not rounded
+    passing = False  # its tensors come and go, so nothing made of them can be kept
     shape: tuple[int, int]
     stored: Tensor
     scale: Tensor
@@ -55,12 +59,28 @@ class Layout(nn.Module):
 
     def product(self, x: Tensor) -> Tensor | None:
         """S T x (..., out) by a product of this machine; None where values are needed for it."""
-        return None
+        rule = self.rule
+        return None if rule is WIDENED or not x.numel() else self.multiply(rule.function, x)
+
+    def multiply(self, function: str, x: Tensor) -> Tensor:
+        """`product` by the function that a rule of `machine.RULES` names for the format."""
+        raise NotImplementedError
+
+    @property
+    def rule(self) -> Rule:
+        """How the machine that holds it multiplies it."""
+        machine = machine_of(next(self.buffers()).device)
+        return choose(self.kind, machine, self.shape, self.full)
+
+    @property
+    def kind(self) -> str:
+        """What `machine.RULES` calls it."""
+        return self.format
 
     @property
     def native(self) -> str:
         """The product that this machine has for it, in words; empty for none."""
-        return ""
+        return "" if self.rule is WIDENED else self.rule.words
 
     @property
     def bytes(self) -> int:
@@ -204,13 +224,14 @@ def _name(dtype: torch.dtype) -> str:
 
 def layouts() -> dict[str, type[Layout]]:
     """Every format that can be read, by its name in files."""
-    from . import bitsandbytes, floats, gguf, integers, svdquant
+    from . import awq, bitsandbytes, floats, gguf, integers, svdquant
 
     classes = (
         floats.Float8, floats.Float8E5M2, floats.MXFloat8, floats.NVFloat4,
         integers.Int8, integers.Int4, integers.GroupedInt4,
         bitsandbytes.FourBit, bitsandbytes.NF4, bitsandbytes.Int8Rows,
-        svdquant.SVDQuant, svdquant.SVDQuantFP4, svdquant.Vector, gguf.GGUF, gguf.Stacked,
+        svdquant.SVDQuant, svdquant.SVDQuantFP4, svdquant.Vector, svdquant.ShiftedVector,
+        awq.AWQ, awq.AWQVector, gguf.GGUF, gguf.Stacked,
     )  # fmt: skip
     return {kind.format: kind for kind in classes}
 

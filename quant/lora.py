@@ -306,7 +306,8 @@ class Adapters:
 
 def _settled(layer: nn.Module, branch: Branch) -> Branch:
     """The branch on its layer's device, its magnitude divided by the length of W + delta."""
-    device = next(chain(layer.parameters(), layer.buffers())).device
+    device = getattr(layer, "home", None)  # where it works, if its weights come and go
+    device = device or next(chain(layer.parameters(), layer.buffers())).device
     delta = branch.delta.to(device)
     if branch.magnitude is None:
         return replace(branch, delta=delta)
@@ -315,7 +316,8 @@ def _settled(layer: nn.Module, branch: Branch) -> Branch:
     step = max(1, BLOCK // width)
     for low in range(0, delta.out, step):
         high = min(low + step, delta.out)
-        whole = weight_rows(layer, start + low, start + high) + delta.rows(low, high).matrix()
+        whole = weight_rows(layer, start + low, start + high).to(device)
+        whole = whole + delta.rows(low, high).matrix()
         lengths.append(whole.norm(dim=1))
     gain = branch.magnitude.to(device).float() / torch.cat(lengths)
     return replace(branch, delta=delta, magnitude=gain)

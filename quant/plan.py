@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class Option:
     """A way to store one weight: its bytes, and what it does to the layer's output.
 
     `error` is the squared error of the output over the squared output, on the calibration's inputs;
-    `damage` is the squared error of the network's output that this makes, as measured.
+    `damage` is the same of the whole network's output, with this weight alone stored so.
     """
 
     bytes: int
@@ -42,9 +43,13 @@ class Entry:
 
 
 def choose(
-    options: Mapping[str, Mapping[str, Option]], weights: Mapping[str, int], budget: float
+    options: Mapping[str, Mapping[str, Option]],
+    weights: Mapping[str, int],
+    budget: float = math.inf,
+    damage: float = 0.0,
 ) -> dict[str, Entry]:
-    """A choice for each weight, within `budget` bytes, whose damages add up to the least.
+    """A choice for each weight, within `budget` bytes, whose damages add up to the least; or the
+    fewest bytes whose damages add up to at most `damage`.
 
     From the smallest of each, always the step is taken that saves most damage for its bytes, along
     the convex hull of each weight's options. Raises PlanError for a budget that is too small.
@@ -66,10 +71,14 @@ def choose(
         ),
         key=lambda step: -step[0],
     )
+    left = sum(options[name][hull[0]].damage for name, hull in hulls.items())
     for _, name, i in steps:
         low, high = (options[name][hulls[name][k]] for k in (i, i + 1))
+        if left <= damage:
+            break
         if place[name] == i and spent + high.bytes - low.bytes <= budget:
             place[name], spent = i + 1, spent + high.bytes - low.bytes
+            left -= low.damage - high.damage
     return {
         name: Entry(hulls[name][place[name]], weights[name], own) for name, own in options.items()
     }

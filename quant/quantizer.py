@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .encode import WAYS, Encoded, Way, encode, possible
+from .encode import FOUR, FOUR_BY_FOUR, WAYS, Encoded, Way, encode, possible
 from .layouts import Layout, Parts, layout_of
 from .linear import Buffer, QuantizedLinear
 from .plan import PLAIN, Option
@@ -126,7 +126,11 @@ def tried(unit: Unit, seen: Observed) -> dict[str, tuple[Encoded, float]]:
     y = F.linear(x, weight)
     results = {}
     for way in unit.ways:
-        options = [encode(way, weight, seen.moments, s) for s in _smoothings(way, weight, x)]
+        if way.name == FOUR_BY_FOUR:  # the same numbers, multiplied in another way
+            made = results[FOUR][0]
+            options = [replace(made, settings=made.settings | {"linear_dtype": "int4"})]
+        else:
+            options = [encode(way, weight, seen.moments, s) for s in _smoothings(way, weight, x)]
         errors = [output_error(layout(unit, o), way, x, y) for o in options]
         best = min(range(len(options)), key=errors.__getitem__)
         results[way.name] = options[best], errors[best]
@@ -197,7 +201,8 @@ class Trials:
     def save(
         self, unit: Unit, results: Mapping[str, tuple[Encoded, float]], damage: float, probe: str
     ) -> None:
-        """`damage` to the network's output with the unit stored as `probe`."""
+        """`damage`: the share of the network's squared output that is lost with the unit stored as
+        `probe`; that of other ways is in proportion to the errors of the unit's own outputs."""
         least = max(results[probe][1], 1e-20)
         options = {
             name: asdict(Option(encoded.bytes, error, damage * error / least))
@@ -207,6 +212,7 @@ class Trials:
         tensors = {
             f"{name}/{key}": tensor.cpu()
             for name, (encoded, _) in results.items()
+            if name != FOUR_BY_FOUR  # whose numbers are those of FOUR
             for key, tensor in encoded.tensors.items()
         }
         started = self.file(unit).with_suffix(".part")
@@ -223,7 +229,8 @@ class Trials:
     def read(self, unit: Unit, way: str) -> Encoded:
         with safe_open(str(self.file(unit)), framework="pt") as file:
             settings = json.loads(file.metadata()["settings"])[way]
-            keys = [key for key in file.keys() if key.startswith(f"{way}/")]
+            own = FOUR if way == FOUR_BY_FOUR else way
+            keys = [key for key in file.keys() if key.startswith(f"{own}/")]
             tensors = {key.partition("/")[2]: file.get_tensor(key) for key in keys}
         return Encoded(WAYS[way].format, tensors, settings)
 
@@ -245,6 +252,7 @@ def try_all(
     if not left:
         return
     exact = {k: run(k) for k in (0, count - 1)}  # of prompts and edits often one each
+    whole = sum(float(y.square().sum()) for y in exact.values())
     for group in groups(left, memory):
         with observing(network, group) as found:
             for k in range(count):
@@ -253,6 +261,6 @@ def try_all(
             results = tried(unit, found.pop(unit.name))
             probe = next(name for name in PROBES if name in results)
             with replaced(network, unit, results[probe][0]):
-                damage = sum(float((run(k) - y).square().sum()) for k, y in exact.items())
-            trials.save(unit, results, damage, probe)
+                lost = sum(float((run(k) - y).square().sum()) for k, y in exact.items())
+            trials.save(unit, results, lost / whole, probe)
             yield unit

@@ -17,6 +17,7 @@ from .integers import pairs, signed
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
 
 TILE = 128
+SHIFT = 0.171875  # what the engine adds to GELU's outputs, so that none is below zero
 
 
 def weight_in_order(packed: Tensor) -> Tensor:
@@ -138,3 +139,30 @@ class Vector(Layout):
 
     def values(self, rows: Rows = ALL) -> Tensor:
         return self.stored[rows].float()
+
+
+class ShiftedVector(Layout):
+    """The bias of a layer behind GELU (int4 only), (n, 1), as its inputs come without a shift.
+
+    The engine multiplies W4 by (x + SHIFT) / smooth, and the file has taken the product of the
+    shift out of the bias; the branch sees x. (Nunchaku, `fused_gelu_mlp`.)
+    """
+
+    format = "svdquant_shifted_vector"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.shape)
+        tensors = {name: parts.need(name) for name in ("wscales", "smooth_factor")}
+        codes, numbers = parts.need("codes"), Vector(parts)
+        if codes.ndim != 2 or codes.shape[0] != parts.out:
+            raise LayoutError(f"has {tuple(codes.shape)} codes for {parts.out} outputs")
+        width = 2 * codes.shape[1]
+        none = torch.zeros(width, 16), torch.zeros(parts.out, 16)
+        tensors |= {"weight": codes, "proj_down": none[0], "proj_up": none[1]}
+        layer = SVDQuant(Parts(tensors, (parts.shape[0], width), parts.rows, parts.out))
+        moved = layer.inputs(torch.full((width,), SHIFT))
+        product = [layer.values(slice(i, i + TILE)) @ moved for i in range(0, self.shape[0], TILE)]
+        self.keep(stored=numbers.values() + torch.cat(product)[:, None])
+
+    def values(self, rows: Rows = ALL) -> Tensor:
+        return self.stored[rows]

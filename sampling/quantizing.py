@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model_loaders.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..model_loaders.layers import Block, computed
 from ..model_loaders.load import Loaded, load_dit
-from ..quant.encode import SIX
+from ..quant.encode import FOUR, FOUR_BY_FOUR, SIX
 from ..quant.plan import PLAIN, Entry, PlanError, choose, read_plan, save_plan
 from ..quant.quantizer import Run, Trials, Unit, try_all
 from .pipeline import Picture, Pipeline, Progress, Task
@@ -31,18 +31,27 @@ COMPARED = 2  # pictures that are made with the new file
 
 @dataclass(frozen=True)
 class Wish:
-    """`bits` for each weight on average, or a `plan` to follow, weight by weight.
+    """`bits` for each weight on average (default 8), or the `loss` in percent that what the network
+    predicts may have, added up over its layers; or a `plan` to follow, weight by weight.
 
     `trials` is the folder for what was tried, by default beside the new file; `memory` in bytes
     bounds what is observed at a time. `six` allows layers of 6 bits, which ComfyUI reads with a
-    comfy-kitchen of 0.2.40 or later only.
+    comfy-kitchen of 0.2.40 or later only. `fast` rounds the inputs of layers of 4 bits to 4 bits
+    too, for cards that multiply them so.
     """
 
     bits: float | None = None
+    loss: float | None = None
     plan: Path | None = None
     trials: Path | None = None
     memory: int = 2 << 30
     six: bool = False
+    fast: bool = False
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Ways that are not chosen."""
+        return (FOUR if self.fast else FOUR_BY_FOUR, *(() if self.six else (SIX,)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def quantize(
     wish: Wish,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Made:
-    """Write the pipeline's DiT, quantized, to `out` (.safetensors), and its plan beside it.
+    """Write the pipeline's DiT, quantized, to `out` (.safetensors), plan and report beside it.
 
     What was tried lies in a folder beside it as well: a run that was stopped goes on from there,
     and another budget needs no new trials. Raises CheckpointError, PlanError, SamplingError.
@@ -135,7 +144,9 @@ def quantize(
         new = load_dit(out, device=pipeline.device)
         new = replace(new, schedule=pipeline.dit.schedule)
         after = tuple(pictures(Pipeline(new, pipeline.vae, pipeline.encoder), few))
-    return Made(out, entries, out.stat().st_size, before, after)
+    made = Made(out, entries, out.stat().st_size, before, after)
+    out.with_suffix(".report.txt").write_text(f"{made.words()}\n", "utf-8")
+    return made
 
 
 def runner(pipeline: Pipeline, tasks: Sequence[Task]) -> Run:
@@ -193,12 +204,13 @@ def _entries(
     options = {unit.name: trials.options(unit) for unit in units}
     weights = {unit.name: unit.weights for unit in units}
     if chosen is None:
-        if not wish.six:
-            options = {
-                name: {way: option for way, option in own.items() if way != SIX}
-                for name, own in options.items()
-            }
-        return choose(options, weights, (wish.bits or 8) / 8 * sum(weights.values()))
+        allowed = {
+            name: {way: option for way, option in own.items() if way not in wish.excluded}
+            for name, own in options.items()
+        }
+        if wish.loss is not None:
+            return choose(allowed, weights, damage=(wish.loss / 100) ** 2)
+        return choose(allowed, weights, (wish.bits or 8) / 8 * sum(weights.values()))
     for name, own in options.items():
         if chosen.get(name) not in own:
             raise PlanError(

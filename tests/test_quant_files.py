@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from seedling.quant.encode import WAYS, encode, possible
 from seedling.quant.layouts import Parts, layout_of
 from seedling.quant.linear import QuantizedLinear
 from seedling.quant.lora import Adapters
-from seedling.quant.svdquant import SVDQuant
 
 LAYER = "transformer_blocks.0.img_mlp.gate_layer"
 
@@ -163,56 +161,6 @@ def test_a_file_of_bitsandbytes(tmp_path: Path, state: Any) -> None:
         layer = loaded.module.get_submodule(name.removesuffix(".weight"))
         torch.testing.assert_close(layer.layout.weight(), weight, rtol=1e-5, atol=1e-6)
     assert inspect(tmp_path / "b.safetensors").usable
-
-
-# ---- SVDQuant ----------------------------------------------------------------------------------
-
-
-def packed_as_nunchaku(codes: Tensor, scale: Tensor, down: Tensor, up: Tensor, smooth: Tensor):
-    """What deepcompressor's packer writes: codes (n, k) in -8..7, scales (n, groups)."""
-    n, k = codes.shape
-    lanes = (codes & 15).reshape(n // 128, 8, 2, 8, 1, k // 64, 1, 2, 4, 8)
-    lanes = lanes.permute(0, 5, 6, 1, 3, 8, 2, 7, 4, 9).contiguous()
-    words = (lanes.long() << torch.arange(0, 32, 4)).sum(-1)
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-    def scales(s: Tensor) -> Tensor:
-        dealt = s.reshape(len(s) // 128, 1, 8, 2, 4, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
-        return dealt.contiguous().view(-1, len(s)).bfloat16()
-
-    def branch(w: Tensor, is_down: bool) -> Tensor:
-        a, b = w.shape
-        tiles = w.view(a // 16, 16, b // 16, 16).permute(
-            *((2, 0, 1, 3) if is_down else (0, 2, 1, 3))
-        )
-        sides, rank = (b, a) if is_down else (a, b)
-        tiles = tiles.reshape(sides // 16, rank // 16, 2, 8, 1, 2, 4, 2)
-        return tiles.permute(0, 1, 3, 6, 2, 5, 4, 7).contiguous().view(sides, rank).bfloat16()
-
-    return {
-        "weight": words.view(torch.int8).view(n, -1), "wscales": scales(scale),
-        "smooth_factor": scales(smooth[:, None]).flatten(), "proj_down": branch(down, True),
-        "proj_up": branch(up, False),
-    }  # fmt: skip
-
-
-def test_svdquant_is_put_in_order_and_multiplies() -> None:
-    n, k, rank = 256, 128, 32
-    codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(0))
-    scale, smooth = draw(n, k // 64).abs().bfloat16(), draw(k).abs().bfloat16() + 0.5
-    down, up = draw(rank, k).bfloat16(), draw(n, rank, seed=3).bfloat16()
-    tensors = packed_as_nunchaku(codes, scale, down, up, smooth)
-    stored = (codes.view(n, -1, 64) * scale.float()[..., None]).flatten(1)
-    whole = stored / smooth.float() + up.float() @ down.float()
-    layout = layout_of("svdquant_int4", Parts(tensors, (n, k)))
-    assert isinstance(layout, SVDQuant) and torch.allclose(layout.weight(), whole, atol=1e-4)
-    from seedling.quant.linear import Buffer
-
-    x = draw(3, k, seed=5)
-    y = QuantizedLinear(layout, None, Buffer())(x)
-    assert distance(y, F.linear(x, whole)) < 1e-5
-    half = layout_of("svdquant_int4", Parts(tensors, (128, k), (128, 256), n))
-    assert torch.allclose(half.weight(), whole[128:], atol=1e-4)
 
 
 # ---- LoRA --------------------------------------------------------------------------------------

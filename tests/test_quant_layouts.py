@@ -180,6 +180,25 @@ def test_smoothing_of_nvfp4_divides_nothing_away() -> None:
     torch.testing.assert_close(y, F.linear(x, smoothed.weight()), rtol=1e-5, atol=1e-4)
 
 
+def test_the_product_is_told_what_a_file_says_of_its_inputs(monkeypatch: Any) -> None:
+    """ComfyUI's linear_dtype, int4 where there is none. comfy-kitchen obeys it on cards only."""
+    q, scale = kitchen().quantize_convrot_w4a4_weight(draw(OUT, IN))
+    tensors, product = {"weight": q, "weight_scale": scale}, kitchen().convrot_w4a4_linear
+    told: list[str] = []
+
+    def linear(*args: Any, linear_dtype: str) -> Tensor:
+        told.append(linear_dtype)
+        return product(*args, linear_dtype=linear_dtype)
+
+    monkeypatch.setattr(kitchen(), "convrot_w4a4_linear", linear)
+    for settings in ({}, {"linear_dtype": "int8"}, {"params": {"linear_dtype": "int8"}}):
+        layout = layout_of("convrot_w4a4", Parts(tensors, (OUT, IN), settings=settings))
+        layout.multiply("comfy_kitchen.convrot_w4a4_linear", draw(2, IN))
+    assert told == ["int4", "int8", "int8"]
+    with pytest.raises(LayoutError, match="'int3'"):
+        of("convrot_w4a4", tensors, linear_dtype="int3")
+
+
 @pytest.mark.parametrize("rows, columns", [(128, 4), (96, 6), (300, 17)])
 def test_tiles_of_scales(rows: int, columns: int) -> None:
     blocked = pytest.importorskip("comfy_kitchen").to_blocked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from seedling.sampling.quantizing import Wish, quantize, runner, units_of
 
 OUT, IN = 128, 256
 BITS = {"int8": 8, "int8 rotated": 8, "6 bits": 6.5, "4 bits in groups": 4.5, "4 bits": 4,
-        "nvfp4 smoothed": 4.5}  # fmt: skip
+        "4 bits, inputs too": 4, "nvfp4 smoothed": 4.5}  # fmt: skip
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -159,6 +160,15 @@ def test_the_choice_is_the_best_there_is() -> None:
         assert damage <= 1.5 * best + 1e-9
 
 
+def test_the_fewest_bytes_for_a_loss() -> None:
+    own = {"a": options((4, 9.0), (6, 3.0), (16, 0.0)), "b": options((4, 2.0), (8, 0.5), (16, 0.0))}
+    weights = dict.fromkeys(own, 8)
+    for limit, bytes in ((20.0, 8), (5.0, 10), (3.5, 14), (0.5, 24), (0.0, 32)):
+        made = choose(own, weights, damage=limit)
+        assert sum(e.chosen.damage for e in made.values()) <= limit
+        assert sum(e.chosen.bytes for e in made.values()) == bytes
+
+
 def test_a_budget_that_is_too_small() -> None:
     with pytest.raises(PlanError, match="3 bits for each weight are too few; the least .* is 4"):
         choose({"a": options((4, 1.0), (8, 0.0))}, {"a": 8}, 3)
@@ -239,6 +249,31 @@ def test_more_bits_are_nearer(tmp_path: Path, pipeline: Pipeline) -> None:
     assert found[0] < found[1] < found[2]
 
 
+def test_a_loss_or_inputs_of_4_bits_may_be_asked_for(tmp_path: Path, pipeline: Pipeline) -> None:
+    """The smallest file that is measured to stay within; and 4-bit products only when asked for."""
+    made, trials = {}, tmp_path / "trials"
+    for name, wish in {
+        "small": Wish(loss=20.0),
+        "large": Wish(loss=2.0),
+        "fast": Wish(4.6),
+    }.items():
+        wish = replace(wish, trials=trials, fast=name == "fast")
+        made[name] = quantize(pipeline, tasks()[:1], tmp_path / f"{name}.safetensors", wish)
+    small, large = made["small"], made["large"]
+    for one, limit in ((small, 0.2), (large, 0.02)):
+        assert sum(e.chosen.damage for e in one.entries.values()) <= limit**2
+    assert small.bits < large.bits and small.psnr < large.psnr
+    chosen = {name: {e.choice for e in one.entries.values()} for name, one in made.items()}
+    assert "4 bits, inputs too" in chosen["fast"] and "4 bits" not in chosen["fast"]
+    assert "4 bits, inputs too" not in chosen["small"] | chosen["large"]
+    report = (tmp_path / "small.report.txt").read_text("utf-8")
+    assert all(name in report for name in small.entries) and "dB from full precision" in report
+    fast = load_dit(tmp_path / "fast.safetensors")
+    marks = [i.form.settings["linear_dtype"] for i in fast.checkpoint.names.values()
+             if i.form and i.form.format == "convrot_w4a4"]  # fmt: skip
+    assert marks and {*marks} == {"int4"}
+
+
 def test_a_fused_tensor_stays_one(tmp_path: Path, tiny: Any, tiny_model: Any) -> None:
     """The new file has the names of the old one, and its metadata."""
     from safetensors import safe_open
@@ -292,7 +327,7 @@ def test_the_command(tmp_path: Path, tiny_model: Any, capsys: Any) -> None:
              "--bits", "8"]  # fmt: skip
     assert main([*words, "--out", str(tmp_path / "q.safetensors")]) == 0
     assert "dB from full precision" in capsys.readouterr().out
-    assert {"q.safetensors", "q.png", "q.plan.json", "q.trials"} <= {
+    assert {"q.safetensors", "q.png", "q.plan.json", "q.report.txt", "q.trials"} <= {
         p.name for p in tmp_path.iterdir()
     }
     assert main([*words, "--out", str(tmp_path / "q.safetensors")]) == 2

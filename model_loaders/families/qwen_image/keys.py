@@ -39,10 +39,42 @@ def dit_sources(names: Names) -> dict[str, Source]:
     return {n.removeprefix(prefix): Source(n) for n in names if n.startswith(prefix)}
 
 
+# Nunchaku's files keep queries, keys and values of a stream in one layer.
+FUSED = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def _is_nunchaku(names: Names) -> bool:
+    return (
+        "txt_norm.weight" in names
+        and "transformer_blocks.0.img_mod.1.weight" in names
+        and "transformer_blocks.0.attn.add_qkv_proj.weight" in names
+    )
+
+
+def nunchaku_sources(names: Names) -> dict[str, Source]:
+    """Split what is fused into thirds of its rows."""
+    sources = {}
+    for name, info in names.items():
+        layer, _, leaf = name.rpartition(".")
+        fused = next((f for f in FUSED if layer.endswith(f".{f}")), None)
+        if fused is None or not info.shape or info.shape[0] % 3:
+            sources[name] = Source(name)
+            continue
+        size = info.shape[0] // 3
+        for i, part in enumerate(FUSED[fused]):
+            own = f"{layer.removesuffix(fused)}{part}.{leaf}"
+            sources[own] = Source(name, rows=(i * size, (i + 1) * size))
+    return sources
+
+
 DIT_LAYOUTS = (
     Layout("diffusers", lambda names: _prefix(names) == "" and MARKER not in names, dit_sources),
     Layout("ComfyUI", lambda names: _prefix(names) == "", dit_sources),
     Layout("ComfyUI (with prefix)", lambda names: _prefix(names) is not None, dit_sources),
+    Layout("Nunchaku", _is_nunchaku, nunchaku_sources),
 )
 
 
