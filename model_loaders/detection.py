@@ -192,9 +192,12 @@ def refuse_differences(found: Found, differences: Differences) -> None:
 
 
 def variant_note(found: Found) -> tuple[str, ...]:
-    """Why this is taken for one of its family's published models: one sentence, or nothing."""
-    reason = found.checkpoint.config.get("variant_reason") if found.family.settings else None
-    return (f"Taken for {found.model}: {reason}.",) if reason else ()
+    """Why this is taken for one of its family's published models, and what to do where that is a
+    guess: one sentence, or nothing."""
+    config = found.checkpoint.config if found.family.settings else {}
+    reason, question = config.get("variant_reason"), config.get("variant_question")
+    more = f"; {question}" if question else ""
+    return (f"Taken for {found.model}: {reason}{more}.",) if reason else ()
 
 
 def unused_note(differences: Differences) -> tuple[str, ...]:

@@ -142,6 +142,23 @@ class Component:
 
 
 @dataclass(frozen=True)
+class OwnSize:
+    """How an encoder sees references in other sizes than the VAE. `sides` are those of squares of
+    the areas in which it sees each of them, 0 for the family's own way.
+
+    `show(given, shown, sides)`: what it is shown, of pictures as they were given and as they would
+    be shown. `how(sides)`: arguments with which it reads. `tokens(width, height, side)`: how many
+    it reads of a picture. `fit(hidden, slots, latents)`: its states and slots, with as many slots
+    as the latents need.
+    """
+
+    show: Callable[..., list[Any]]
+    how: Callable[[Sequence[int]], Mapping[str, Any]]
+    tokens: Callable[[int, int, int], int]
+    fit: Callable[..., tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture: its components, its terms, its schedules, and how its pictures are made.
 
@@ -154,11 +171,13 @@ class Family:
 
     `pixels_per_latent`: side of the square that one latent covers. `pads`: a reference that keeps
     its own size (area 0) is padded to whole steps, never resized, and the picture is as large as
-    the reference. `encoder_resizes`: the encoder is shown references as they were given. A family
+    the reference. `encoder_resizes`: the encoder is shown references as they were given; `own_size`
+    how it sees them in sizes of its own, None where it does not look at them. A family
     of several published models names them in `variants` (name -> title), and `settings` says of a
-    DiT's checkpoint which one it is: what its config gets, `variant`, `variant_reason` and
-    `resolution` among it. `reading(dit)` are the arguments with which its encoder reads;
-    `accepts(dit, count)` raises CheckpointError for so many references that it cannot take.
+    DiT's checkpoint which one it is: what its config gets, `variant`, `variant_reason`,
+    `variant_question` (for the user, where it is a guess) and `resolution` among it.
+    `reading(dit)` are the arguments with which its encoder reads; `accepts(dit, count)` raises
+    CheckpointError for so many references that it cannot take.
     `frames(dit, layers)` latents are painted together, as a batch; all but the first of several
     are pictures. `modulations(dit, sigmas, dtype)` is what depends on a step's sigma alone, one
     for each; `dit(x, t, prefix, one)` then does not compute it. `offers` are its published models
@@ -181,6 +200,7 @@ class Family:
     pixels_per_latent: int = 16
     pads: bool = False
     encoder_resizes: bool = False
+    own_size: OwnSize | None = None
     variants: Mapping[str, str] = field(default_factory=dict)
     settings: Callable[[Checkpoint], Mapping[str, Any]] | None = None
     reading: Callable[[Any], Mapping[str, Any]] | None = None

@@ -79,6 +79,10 @@ class KeptKeys:
         self.keys.append(_with_room(k, room))
         self.values.append(_with_room(v, room))
 
+    def common(self, other: KeptKeys) -> int:
+        """How many tokens, from the first one on, are the very same memory."""
+        return self.length if other is self else 0
+
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` of a step fit behind those that are kept."""
         if self.keys[0].shape[2] >= self.length + tokens:

@@ -26,6 +26,9 @@ QWEN_CONTROL = (
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
+# Where ComfyUI has Qwen's tokenizer, which all its Qwen encoders share.
+COMFYUI = Path("comfy", "text_encoders", "qwen25_tokenizer")
+
 
 class TokenizerError(ValueError):
     """No usable tokenizer; the message says where to put one."""
@@ -96,10 +99,10 @@ def find_tokenizer(
     """The tokenizer that belongs to the encoder file or folder `encoder`, as `make` takes it.
 
     Looked for beside the file (`<name>.tokenizer.json`, `tokenizer.json`, `vocab.json` with
-    `merges.txt`), in a diffusers folder (`../tokenizer`, `../processor`), then in
-    `tokenizer_paths`, files or folders. A tokenizer that `make` refuses, or that has more ids than
-    `vocab_size`, belongs to another model and is passed over. Raises TokenizerError when none is
-    left.
+    `merges.txt`), in a diffusers folder (`../tokenizer`, `../processor`), in `tokenizer_paths`,
+    files or folders, then in the ComfyUI that the file lies in. A tokenizer that `make` refuses, or
+    that has more ids than `vocab_size`, belongs to another model and is passed over. Raises
+    TokenizerError when none is left.
     """
     encoder, refused = Path(encoder), []
     for place in _places(encoder, tokenizer_paths):
@@ -126,7 +129,10 @@ def _places(encoder: Path, extra: Sequence[Path | str]) -> list[Path]:
     """Files to try, best first; vocab.json stands for itself and the merges beside it."""
     own = [] if encoder.is_dir() else [encoder.with_name(f"{encoder.stem}.tokenizer.json")]
     folder = encoder if encoder.is_dir() else encoder.parent
-    others = (folder, folder.parent / "tokenizer", folder.parent / "processor", *map(Path, extra))
+    around = [parent / COMFYUI for parent in folder.absolute().parents]
+    others = (
+        folder, folder.parent / "tokenizer", folder.parent / "processor", *map(Path, extra), *around
+    )  # fmt: skip
     for place in others:
         is_file = place.suffix == ".json"
         own += [place] if is_file else [place / "tokenizer.json", place / "vocab.json"]

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from seedling.model_loaders.embeddings import grid_positions
-from seedling.model_loaders.families.qwen_image_21.dit import (
+from seedling.model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
+from seedling.model_loaders.families.qwen_image_21.sequence import (
     SLOT,
-    DiT,
-    DiTConfig,
     prefix_positions,
     segments_of,
 )

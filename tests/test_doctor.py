@@ -13,6 +13,8 @@ import pytest
 
 from seedling.host import doctor
 from seedling.host.cli import main
+from seedling.model_loaders.load import load_encoder
+from seedling.model_loaders.tokenizers import TokenizerError
 
 
 @pytest.fixture
@@ -80,6 +82,29 @@ def test_what_cannot_be_used_says_why(comfy: Path, capsys: Any) -> None:
     assert any("page.safetensors cannot be used: page.safetensors is a web" in x for x in lines)
     assert any("mine.safetensors came without its tokenizer" in line for line in lines)
     assert any("vae.safetensors is a VAE" in line for line in lines)
+
+
+def test_an_encoder_is_judged_as_the_loader_judges_it(
+    comfy: Path, tiny: ModuleType, capsys: Any
+) -> None:
+    """Files made for ComfyUI come without a tokenizer; the ComfyUI around them has Qwen's."""
+    encoder = comfy / "models" / "text_encoders" / "mine.safetensors"
+    tokenizer = encoder.with_name("mine.tokenizer.json")
+    with_own = load_encoder(encoder).module.tokenizer.text("a red cup")
+    tokenizer.unlink()
+    with pytest.raises(TokenizerError, match="came without its tokenizer"):
+        load_encoder(encoder)
+    assert any("came without its tokenizer" in x for x in report(comfy, capsys)["Models"])
+    model = json.loads(tiny.tiny_tokenizer().to_str())["model"]
+    place = comfy / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    place.mkdir(parents=True)
+    (place / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert load_encoder(encoder).module.tokenizer.text("a red cup") == with_own
+    lines = report(comfy, capsys)["Models"]
+    assert "mine.safetensors" in partners(lines, "mine.safetensors")["text encoder"]
+    assert not [line for line in lines if "cannot be used" in line]
 
 
 def test_packages_that_are_missing_or_old(comfy: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -7,6 +7,7 @@ ones. fp32.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,10 @@ def published(theirs: Any, task: Task, **settings: Any) -> Tensor:
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+    """In parts of the range; `pytest -rP` shows them all."""
+    found = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+    logging.warning("error %.1e", found)
+    return found
 
 
 FOUR = ((64, 64), (80, 64), (64, 112), (64, 64))

@@ -93,7 +93,11 @@ def test_a_pipelines_folder_knows_more_than_a_name(tmp_path):
 
 def test_the_user_may_know_better(tmp_path):
     path = sparse(tmp_path / "mix.safetensors", dit("9b"))
-    assert "choose" in found_in(path).checkpoint.config["variant_reason"]
+    (note,) = inspect(path).notes
+    assert note.startswith("Taken for FLUX.2 klein 9B: nothing in the file or its name says")
+    assert "choose so under variant (--variant on the command line)" in note
+    (note,) = inspect(sparse(tmp_path / "flux-2-klein-9b.safetensors", dit("9b"))).notes
+    assert note == 'Taken for FLUX.2 klein 9B: "klein" is in its name, "base" and "kv" are not.'
     found = find("dit", path, "klein-9b-kv")
     assert config_of(found).cached and schedule_of(found).reason == "chosen"
     with pytest.raises(CheckpointError, match="can be klein-9b or klein-base-9b or klein-9b-kv"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from seedling.model_loaders.checkpoint import CheckpointError
 from seedling.model_loaders.families.qwen_image.dit import DiT, DiTConfig
+from seedling.model_loaders.lending import Lent
 from seedling.model_loaders.load import load_dit
+from seedling.quant.encode import WAYS, encode, possible
+from seedling.quant.linear import Holder
 from seedling.quant.lora import Adapters, Branch, LowRank
 from seedling.quant.operations import TORCH, widened
 
@@ -108,6 +112,56 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
         dit.modulations(TIMES, torch.float32)
 
 
+def write_quantized(path: Path, config: DiTConfig, way: str) -> Path:
+    """The same, every layer that `way` takes quantized so, the others in int8."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, like in DiT(config, device="meta").state_dict().items():
+        weight = torch.randn(like.shape) * 0.05
+        if weight.ndim != 2:
+            tensors[name] = weight
+            continue
+        layer = name.removesuffix(".weight")
+        made = encode(WAYS[way if possible(WAYS[way], tuple(like.shape)) else "int8"], weight)
+        tensors |= {f"{layer}.{part}": tensor for part, tensor in made.tensors.items()}
+        said = json.dumps(made.settings).encode()
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_quantized_weights_are_lent_and_give_the_same_bits(tmp_path: Path, way: str) -> None:
+    config = replace(SMALL, heads=4)
+    path = write_quantized(tmp_path / "qwen_image_edit_2511.safetensors", config, way).resolve()
+    lent, plain = load_dit(path), load_dit(path, operations=widened())
+    lender = lent.module.each.__self__
+    assert len(lender.keys) == 2 * config.layers and plain.module.each is iter
+    holders = [m for m in plain.module.modules() if isinstance(m, Holder)]
+    mods = [b.get_submodule(f"{x}_mod.1") for b in plain.module.blocks for x in ("img", "txt")]
+    biases = sum(m.bias.nbytes for m in mods)
+    assert lender.bytes == sum(m.layout.bytes for m in mods) + biases
+    assert equal(steps(lent.module, config), steps(plain.module, config, False))
+    assert equal(steps(lent.module, config, False), steps(plain.module, config))
+    kept = sum(m.layout.bytes for m in lent.module.modules() if isinstance(m, Holder))
+    assert kept == sum(m.layout.bytes for m in holders) - (lender.bytes - biases)
+
+
+def test_a_lora_on_lent_quantized_layers(tmp_path: Path) -> None:
+    """One with a magnitude too, which needs the lengths of the weight's rows."""
+    config = replace(SMALL, heads=4)
+    path = write_quantized(tmp_path / "qwen_image_edit_2511.safetensors", config, "int8")
+    made = []
+    for chosen in (None, widened()):
+        dit, seed = load_dit(path, operations=chosen).module, torch.manual_seed(2)
+        layer, width = "transformer_blocks.1.img_mod.1", config.dim
+        down, up = (torch.randn(s, generator=seed) for s in [(4, width), (6 * width, 4)])
+        adapters = Adapters(dit)
+        adapters.add("a", {layer: [Branch(LowRank(down, up), magnitude=torch.ones(6 * width))]})
+        made.append(steps(dit, config))
+    assert equal(*made)
+
+
 def mapped(path: Path) -> int:
     """Bytes of the file's mapping that are in this process's memory."""
     total, inside = 0, False
@@ -134,6 +188,20 @@ def test_a_third_of_the_weights_is_never_resident(tmp_path: Path, lent: bool) ->
         assert resident <= (size - modulation) * 1.02 + (1 << 20)
     else:
         assert resident >= size * 0.9  # the last layer leaves out the text
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells it")
+def test_lent_quantized_weights_are_never_resident(tmp_path: Path) -> None:
+    config = replace(SMALL, heads=4, head_dim=128, axes=(16, 56, 56), mlp_dim=2048)
+    path = tmp_path / "qwen_image_edit_2511.safetensors"
+    path = write_quantized(path, config, "int8").resolve()
+    dit = load_dit(path).module
+    steps(dit, config)
+    size, lent = path.stat().st_size, dit.each.__self__.bytes
+    assert lent > 0.32 * size
+    assert mapped(path) <= (size - lent) * 1.02 + (2 << 20)
+    assert all(m.layout.bytes == 0 for m in dit.modules()
+               if isinstance(m, Holder) and isinstance(m.layout, Lent))  # fmt: skip
 
 
 def test_the_share_of_the_published_network() -> None:

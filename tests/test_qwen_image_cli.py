@@ -80,4 +80,7 @@ def test_a_lost_marker_is_asked_for_and_can_be_said(tmp_path: Path, capsys: Any)
     assert pixels(files[1]).shape[:2] == (32, 48)  # the reference's own
     plain = [word for word in words if word not in ("--reference", str(tmp_path / "noise.png"))]
     assert main([*plain, "--size", "32x32", "--out", str(tmp_path / "asked.png")]) == 0
-    assert "choose which under variant" in capsys.readouterr().out
+    assert "if it is an editor, choose which under variant (--var" in capsys.readouterr().out
+    assert main([*plain, "--size", "32x32", "--out", str(tmp_path / "once.png")]) == 0
+    said = capsys.readouterr().out  # asked once, told at every start
+    assert "Taken for Qwen-Image: nothing in the file" in said and "choose which" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +71,10 @@ def oracle_velocity(oracle: Any, x: Tensor, t: float, text: Tensor, references: 
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+    """In parts of the range; `pytest -rP` shows them all."""
+    found = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+    logging.warning("error %.1e", found)
+    return found
 
 
 def test_packing_is_that_of_diffusers() -> None:

@@ -194,13 +194,31 @@ def test_diffusers_folders_say_which_they_are(
     assert config_of(find("dit", part.parent)).variant == variant
 
 
+def test_an_editor_without_a_version_or_its_marker_is_asked_about(
+    dits: dict, tmp_path: Path
+) -> None:
+    """As conversions of Edit-2511 are, whose references would be modulated wrongly."""
+    path = sparse(tmp_path / "my_edit_Q4.safetensors", dits["plain"])
+    (note,) = inspect(path).notes
+    assert note.startswith('Taken for Qwen-Image-Edit-2509: "edit" is in its name; a version is')
+    assert "lose the marker of Edit-2511" in note and note.count(". ") == 0
+    assert "under variant (--variant on the command line): qwen-image-edit," in note
+    assert not config_of(find("dit", path)).zero_cond_t
+    assert config_of(find("dit", path, "qwen-image-edit-2511")).zero_cond_t
+    for name, shapes in {
+        "my_edit_2511_Q4": dits["plain"], "my_edit": {**dits["plain"], **MARKER}
+    }.items():  # fmt: skip
+        (note,) = inspect(sparse(tmp_path / f"{name}.safetensors", shapes)).notes
+        assert note.startswith("Taken for Qwen-Image-Edit-2511: ") and "choose" not in note
+
+
 def test_a_file_that_does_not_say_is_asked_about_and_can_be_told(
     dits: dict, tmp_path: Path
 ) -> None:
     path = sparse(tmp_path / "mystery.safetensors", dits["plain"])
     report = inspect(path)
     assert report.usable and report.title == "Qwen-Image"
-    assert "if it is an editor, choose which under variant" in report.notes[0]
+    assert "says which of the family it is; if it is an editor, choose which" in report.notes[0]
     told = find("dit", path, "qwen-image-edit-2511")
     assert config_of(told).zero_cond_t and told.model == "Qwen-Image-Edit-2511"
     assert told.checkpoint.config["variant_reason"] == "chosen"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seedling.model_loaders import embeddings
 from seedling.model_loaders.families.qwen_image_21 import dit
 from seedling.training import speed
 
@@ -34,7 +35,7 @@ def test_attention_is_torchs(case: str) -> None:
 
 
 def test_rotation_is_the_engines() -> None:
-    x, positions = torch.randn(2, 6, 4, 16), dit.grid_positions(3, 2, 3)
+    x, positions = torch.randn(2, 6, 4, 16), embeddings.grid_positions(3, 2, 3)
     turn = dit.rotation(positions, CONFIG.axes, CONFIG.theta)
     torch.testing.assert_close(speed.rotate(x, turn), dit.rotate(x, turn), atol=1e-6, rtol=0)
 

@@ -7,7 +7,10 @@ not do what the models were trained with (diffusers' way, which tests/ holds us 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,13 @@ QWEN_CASES = {
     "odd": [(3, 5)], "odd reference": [(4, 4), (3, 3)],
     "reference that is larger": [(4, 4), (8, 6)],
 }  # fmt: skip
+EMBEDDER = "time_guidance_embed.guidance_embedder."
+LAYERS = 3  # that Qwen-Image-Layered paints together
+LAYERED_CASES = {"layers": [(6, 6), (6, 6)], "odd layers": [(3, 5), (3, 5)]}
+GUIDANCE = 3.5
 # Core centres an odd side the other way round, and lets the text begin behind the target's corner,
 # not behind the farthest one of all pictures (comfy/ldm/qwen_image/model.py, `_forward`).
-DIFFERENT = {"odd", "odd reference", "reference that is larger"}
+DIFFERENT = {"odd", "odd reference", "reference that is larger", "odd layers"}
 
 STEP = """
 import json, os, sys
@@ -82,9 +89,14 @@ for file, kinds in cases.items():
             worst = 0.0
             for t in (1.0, 0.62, 0.05):
                 time = torch.tensor([t])
-                mine = ours(x, time, ours.prefix(text, references=refs))
+                guided = {"guidance": %(guidance)s} if "dev" in file else {}
+                mine = ours(x, time.expand(len(x)), ours.prefix(text, references=refs, **guided))
                 if file.startswith("flux"):
-                    theirs = core(x, time, text, ref_latents=refs or None)
+                    guided = {k: torch.tensor([v]) for k, v in guided.items()}
+                    theirs = core(x, time, text, ref_latents=refs or None, **guided)
+                elif "layered" in file:
+                    frames = x.movedim(0, 1)[None], [r[:, :, None] for r in refs]
+                    theirs = core(frames[0], time, text, ref_latents=frames[1])[0].movedim(1, 0)
                 else:
                     frames = [r[:, :, None] for r in refs]
                     theirs = core(x[:, :, None], time, text, ref_latents=frames or None)[:, :, 0]
@@ -92,7 +104,7 @@ for file, kinds in cases.items():
                 worst = max(worst, float((mine - theirs).abs().max()) / scale)
         errors[file][name] = worst
 print(json.dumps(errors))
-"""
+""".replace("%(guidance)s", str(GUIDANCE))
 
 
 def draw(*shape: int) -> Tensor:
@@ -104,14 +116,16 @@ def weights_of(network: Any, config: Any) -> dict[str, Tensor]:
     return {name: draw(*t.shape) if t.ndim > 1 else 1 + draw(*t.shape) for name, t in table.items()}
 
 
-def cases(folder: Path, grids: dict[str, Any], channels: int, side: int, width: int) -> Any:
-    """Inputs of each case as a file; `side` latents per side of a token."""
+def cases(folder: Path, grids: dict[str, Any], config: Any, frames: int = 1) -> Any:
+    """Inputs of each case as a file."""
+    channels, side = (16, 2) if isinstance(config, QwenImageConfig) else (config.in_channels, 1)
     found = {}
     for number, (name, sizes) in enumerate(grids.items()):
         target, *references = (torch.randn(1, channels, side * h, side * w) for h, w in sizes)
-        tensors = {"x": target, "text": torch.randn(1, WORDS, width)}
+        x = target if frames == 1 else torch.randn(frames, *target.shape[1:])
+        tensors = {"x": x, "text": torch.randn(1, WORDS, config.context_dim)}
         tensors |= {f"reference{i}": r for i, r in enumerate(references)}
-        found[name] = f"{channels}-{number}.safetensors"
+        found[name] = f"{channels}-{frames}-{number}.safetensors"
         save_file(tensors, folder / found[name])
     return found
 
@@ -121,20 +135,33 @@ def errors(comfyui: Any, layers: Any, tmp_path_factory: pytest.TempPathFactory) 
     """The largest error of each case, in parts of the output's range."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("families")
-    ours = weights_of(Flux2, FLUX2)
-    published = {
-        f"{n}.weight": torch.cat([ours[f"{o}.weight"] for o in own]) for n, own in layers.items()
-    }
-    save_file(published, folder / "flux-2-klein-4b.safetensors")
+    for name, config in (("klein-4b", FLUX2), ("dev", replace(FLUX2, guided=True))):
+        ours = weights_of(Flux2, config)
+        known = {
+            f"{n}.weight": [ours.pop(f"{own}.weight") for own in names]
+            for n, names in layers.items()
+        }
+        known |= {
+            k.replace(EMBEDDER, "guidance_in.").replace("linear_1", "in_layer")
+            .replace("linear_2", "out_layer"): [t]
+            for k, t in ours.items()
+        }  # fmt: skip
+        save_file(
+            {k: torch.cat(t) for k, t in known.items()}, folder / f"flux-2-{name}.safetensors"
+        )
     weights = weights_of(QwenImage, QWEN)
     save_file(weights, folder / "qwen_image_edit_2509.safetensors")
     marked = {**weights, "__index_timestep_zero__": torch.tensor([])}
     save_file(marked, folder / "qwen_image_edit_2511.safetensors")
-    qwen = cases(folder, QWEN_CASES, 16, 2, QWEN.context_dim)
+    weights = weights_of(QwenImage, replace(QWEN, layered=True))
+    save_file(weights, folder / "qwen_image_layered.safetensors")
+    flux, qwen = cases(folder, FLUX2_CASES, FLUX2), cases(folder, QWEN_CASES, QWEN)
     wanted = {
-        "flux-2-klein-4b.safetensors": cases(folder, FLUX2_CASES, 128, 1, FLUX2.context_dim),
+        "flux-2-klein-4b.safetensors": flux,
+        "flux-2-dev.safetensors": flux,
         "qwen_image_edit_2509.safetensors": qwen,
         "qwen_image_edit_2511.safetensors": qwen,
+        "qwen_image_layered.safetensors": cases(folder, LAYERED_CASES, QWEN, LAYERS),
     }
     (folder / "cases.json").write_text(json.dumps(wanted))
     done = subprocess.run(
@@ -149,15 +176,38 @@ def errors(comfyui: Any, layers: Any, tmp_path_factory: pytest.TempPathFactory) 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.parametrize("variant", ["klein-4b", "dev"])
 @pytest.mark.parametrize("name", FLUX2_CASES)
-def test_a_step_of_klein_is_that_of_core(errors: Any, name: str) -> None:
-    assert errors["flux-2-klein-4b.safetensors"][name] < 1e-3
+def test_a_step_of_flux2_is_that_of_core(errors: Any, name: str, variant: str) -> None:
+    error = errors[f"flux-2-{variant}.safetensors"][name]
+    logging.warning("error %.1e", error)
+    assert error < 1e-3
 
 
-@pytest.mark.parametrize("variant", ["2509", "2511"])
-@pytest.mark.parametrize("name", QWEN_CASES)
-def test_a_step_of_qwen_edit_is_that_of_core_where_core_is_right(
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [(v, name) for v in ("edit_2509", "edit_2511") for name in QWEN_CASES]
+    + [("layered", name) for name in LAYERED_CASES],
+)
+def test_a_step_of_qwen_image_is_that_of_core_where_core_is_right(
     errors: Any, name: str, variant: str
 ) -> None:
-    error = errors[f"qwen_image_edit_{variant}.safetensors"][name]
+    error = errors[f"qwen_image_{variant}.safetensors"][name]
+    logging.warning("error %.1e", error)
     assert error > 1e-3 if name in DIFFERENT else error < 1e-3, error
+
+
+def test_the_comparison_of_speeds_runs(comfyui: Any, root: Path) -> None:
+    """Tiny: no figure means anything, but the outputs of both sides agree, with both flags."""
+    done = subprocess.run(
+        [sys.executable, "-m", "seedling.benchmarks.comfyui_step", "--tiny", "--json"],
+        env={**comfyui.environment, "COMFYUI_PYTHON": comfyui.python},
+        cwd=root.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    tables = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["default" in t["title"] for t in tables] == [True, False]
+    assert all(row["difference"] < 1e-5 for table in tables for row in table["rows"])

@@ -49,7 +49,7 @@ FAMILY = Family(
             config=partial(_encoder_config, kind="mistral"),
             build=later(__name__, ".encoder", "TextModel"),
             unused=keys.MISTRAL_UNUSED,
-            finish=with_tokenizer(__name__, "MistralTokenizer"),
+            finish=later(__name__, ".tekken", "finish"),
         ),
     ),
     schedule=schedule,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ...checkpoint import CheckpointError
 from ...family import read_once
 from .sizes import STEP
-from .variants import GUIDANCE
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +28,18 @@ def prefix(
     *,
     room: int,
     dtype: torch.dtype,
-    guidance: float = GUIDANCE,
     store: Store | None = None,
+    **read: float,
 ) -> Prefix:
     """The DiT's prefix of a prompt and its references.
 
     `images` are not looked at; `latents` (1, C, H / 16, W / 16) of them are; `room` is the target's
-    number of tokens; `dtype` is what the DiT computes in; `guidance` is for networks that read it.
-    What `store` knows is not computed again.
+    number of tokens; `dtype` is what the DiT computes in; `read` is `guidance=`, for networks that
+    read it. What `store` knows is not computed again.
     """
-    read, given = read_once(store, encoder, prompt, images), [x.to(dtype) for x in latents]
-    return dit.prefix(read.hidden.to(dtype), None, given, room, guidance, store)
+    hidden = read_once(store, encoder, prompt, images).hidden.to(dtype)
+    given = [x.to(dtype) for x in latents]
+    return dit.prefix(hidden, None, given, room, store=store, **read)
 
 
 def channels(dit: Loaded) -> int:

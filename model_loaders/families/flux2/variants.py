@@ -30,10 +30,8 @@ GUIDANCE = 4.0  # that dev and the base models were published with
 SIZES = {3072: "4b", 4096: "9b"}  # width of a network -> how it is called
 # Words in names of files and folders, between separators, the telling ones first.
 WORDS = tuple((re.compile(rf"(?<![a-z]){word}(?![a-z])"), word) for word in ("kv", "base"))
-ASK = (
-    "nothing in the file or its name says that it is a base model or has cached references; if it "
-    "does, choose so under variant"
-)
+UNTOLD = "nothing in the file or its name says that it is a base model or has cached references"
+ASK = "if it is one of these, choose so under variant (--variant on the command line)"
 
 KLEIN_NC = Licence(
     "FLUX Non-Commercial License v2.1",
@@ -56,7 +54,8 @@ UNKNOWN = Licence(
 
 
 def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What a DiT's config gets: its `variant` and `variant_reason`.
+    """What a DiT's config gets: its `variant`, `variant_reason`, and `variant_question` where the
+    user should say whether that is right.
 
     A variant that is in the config already was chosen by the user, or by who wrote the file. Raises
     ValueError for one that this network cannot be.
@@ -79,7 +78,8 @@ def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
         word, reason = "", f"{reason}, but only the 9B was published so"
     size = "9b" if word == "kv" else size or "4b"
     variant = {"kv": f"klein-{size}-kv", "base": f"klein-base-{size}"}.get(word, f"klein-{size}")
-    return {"variant": variant, "variant_reason": reason}
+    question = ASK if reason == UNTOLD else ""
+    return {"variant": variant, "variant_reason": reason, "variant_question": question}
 
 
 def is_cached(checkpoint: Checkpoint) -> bool:
@@ -100,7 +100,9 @@ def _recognised(path: Path) -> tuple[str, str]:
         for pattern, word in WORDS:
             if pattern.search(name):
                 return word, f'"{word}" is in its name'
-    return "", ASK
+    if any("klein" in name for name in _names(path)):
+        return "", '"klein" is in its name, "base" and "kv" are not'
+    return "", UNTOLD
 
 
 def _names(path: Path) -> list[str]:

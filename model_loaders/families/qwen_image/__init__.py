@@ -81,6 +81,7 @@ FAMILY = Family(
     variants=VARIANTS,
     settings=settings,
     reading=conditioning.reading,
+    own_size=conditioning.OWN_SIZE,
     accepts=conditioning.accepts,
     frames=conditioning.frames,
     modulations=by_schedule,

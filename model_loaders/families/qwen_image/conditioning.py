@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import CheckpointError
-from ...family import read_once
-from .sizes import STEP
+from ...family import OwnSize, read_once
+from .sizes import AREA_VLM, SLOT, STEP, vlm_size
 from .variants import EDIT, EDITORS, LAYERED, VARIANTS
 
 if TYPE_CHECKING:
@@ -33,14 +33,17 @@ def prefix(
     room: int,
     dtype: torch.dtype,
     store: Store | None = None,
+    **how: Any,
 ) -> Prefix:
     """The DiT's prefix of a prompt and its references.
 
     `images` (H, W, 3 or 4) in 0..1 of any size, for the encoder; `latents` (1, C, H / 8, W / 8), of
     the same in the size of the DiT's reference; `dtype` is what the DiT computes in; `room` is not
-    needed. What `store` knows of the prompt is not read again; all else changes with every step.
+    needed; `how` else the encoder reads (`areas`). What `store` knows of the prompt is not read
+    again; all else changes with every step.
     """
-    read = read_once(store, encoder, prompt, images, **reading_of(dit.config.variant))
+    how = reading_of(dit.config.variant) | how
+    read = read_once(store, encoder, prompt, images, **how)
     return dit.prefix(read.hidden.to(dtype), read.slots, [x.to(dtype) for x in latents])
 
 
@@ -49,6 +52,27 @@ def reading_of(variant: str) -> dict[str, Any]:
     if variant == LAYERED:  # reads only what the prompt says of its picture
         return {"area": 0}
     return {"area": FIRST_EDIT_AREA, "numbered": False} if variant == EDIT else {}
+
+
+# ---- references that the encoder sees in sizes of their own ------------------------------------
+
+
+def areas_of(sides: Sequence[int]) -> dict[str, Any]:
+    return {"areas": tuple(side**2 for side in sides)} if any(sides) else {}
+
+
+def tokens(width: int, height: int, side: int) -> int:
+    """Vision tokens of a picture, in the area of a square, or in the usual one."""
+    seen = vlm_size(width, height, side**2 or AREA_VLM)
+    return seen[0] * seen[1] // SLOT**2
+
+
+OWN_SIZE = OwnSize(
+    show=lambda given, shown, sides: list(given),
+    how=areas_of,
+    tokens=tokens,
+    fit=lambda hidden, slots, latents: (hidden, slots),
+)
 
 
 def reading(dit: Loaded) -> dict[str, Any]:

@@ -15,12 +15,11 @@ from torch import Tensor
 from ...pictures import at_area, resize, snap
 from ...qwen_vl import MERGE, Grid, on_white, patches
 from .qwen2_5_vl import PATCH, EncoderConfig, Qwen25VL, tiny_config
+from .sizes import AREA_VLM, SLOT
 from .templates import PromptTokenizer
 
 __all__ = ["Conditioning", "Encoder", "EncoderConfig", "PictureError", "Qwen25VL", "tiny_config"]
 
-SLOT = PATCH * MERGE  # pixels per side of a vision token
-AREA = 384 * 384  # pixels of what the encoder sees of a reference
 STEP = 32  # its sides are multiples of this before they become multiples of a slot
 # Of the pixels in 0..1 that the vision tower was trained with (CLIP's).
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -56,16 +55,27 @@ class Encoder:
 
     @torch.no_grad()
     def encode(
-        self, prompt: str, images: Sequence[Tensor] = (), *, area: int = AREA, numbered: bool = True
-    ) -> Conditioning:
+        self, prompt: str, images: Sequence[Tensor] = (), *, area: int = AREA_VLM,
+        numbered: bool = True, areas: Sequence[int] = (),
+    ) -> Conditioning:  # fmt: skip
         """Read a prompt with its references, in their order.
 
         `images`: (H, W, 3 or 4) in 0..1 of any size, each seen at about `area` pixels, not at all
-        at 0. `numbered`: they are called "Picture 1: " and so on. Raises PictureError for another
-        shape, PromptError for text that is not text.
+        at 0. `areas`: those of its own of each, where not 0. `numbered`: they are called
+        "Picture 1: " and so on. Raises PictureError for another shape, PromptError for text that
+        is not text.
         """
+        if any(areas) and not area:
+            raise PictureError(
+                "This model's text encoder is not shown its reference; leave out the size in which "
+                "it would see it."
+            )
         shown = images if area else ()
-        pixels = [_seen(image, number, area) for number, image in enumerate(shown, start=1)]
+        each = areas or [0] * len(shown)
+        pixels = [
+            _seen(image, number, own or area)
+            for number, (image, own) in enumerate(zip(shown, each, strict=True), start=1)
+        ]
         grids = [(x.shape[2] // PATCH, x.shape[3] // PATCH) for x in pixels]
         prompt_ids = self.tokenizer.prompt(prompt, [h * w // MERGE**2 for h, w in grids], numbered)
         dropped = prompt_ids.dropped

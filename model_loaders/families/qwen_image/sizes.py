@@ -6,11 +6,13 @@ the model was trained on, at its own aspect; the text encoder makes its own, sma
 
 from __future__ import annotations
 
-from ...pictures import Size, at_area
+from ...pictures import Size, at_area, snap
 
 STEP = 16  # pixels per token
 REFERENCE_STEP = 32
 AREA = 1024 * 1024
+SLOT = 28  # pixels per side of a vision token of the encoder
+AREA_VLM = 384 * 384  # pixels of what the encoder sees of a reference
 
 
 def reference_size(width: int, height: int, area: int | None = AREA) -> Size:
@@ -26,3 +28,12 @@ def reference_size(width: int, height: int, area: int | None = AREA) -> Size:
     if not area:
         return -(-width // STEP) * STEP, -(-height // STEP) * STEP
     return at_area(width, height, area, REFERENCE_STEP)
+
+
+def vlm_size(width: int, height: int, area: int) -> Size:
+    """How large the encoder sees a reference: at about `area` pixels, in whole vision tokens.
+
+    Snapped twice, as the published pipelines do it.
+    """
+    width, height = at_area(width, height, area, REFERENCE_STEP)
+    return snap(width, SLOT), snap(height, SLOT)

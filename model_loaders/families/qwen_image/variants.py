@@ -40,45 +40,55 @@ PIPELINES = {
 }
 # Words in names of files and folders, the telling ones first. Unknown editors read several
 # pictures, as all do that came after the first.
+SOME_EDITOR = "edit"
 WORDS = (
     ("2511", EDIT_2511),
     ("2509", EDIT_2509),
     ("2512", IMAGE_2512),
     ("qwen_image_edit", EDIT),
-    ("edit", EDIT_2509),
+    (SOME_EDITOR, EDIT_2509),
     ("qwen_image", IMAGE),
 )
-ASK = (
-    "nothing in the file or its name says which of the family it is; if it is an editor, choose "
-    "which under variant"
+# What is asked where neither a file nor its name is sure.
+CHOOSE = f"choose which under variant (--variant on the command line): {', '.join(EDITORS)}"
+ASK = f"if it is an editor, {CHOOSE}"
+ASK_WHICH = (
+    "a version is not, and conversions lose the marker of Edit-2511; if it is another one, as "
+    f"which colours come out too strong, {CHOOSE}"
 )
 
 
 def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What a DiT's config gets: its `variant`, `variant_reason`, and its `resolution` in pixels.
+    """What a DiT's config gets: its `variant`, `variant_reason`, `variant_question` where the user
+    should say whether that is right, and its `resolution` in pixels.
 
     A variant that is in the config already was chosen by the user, or by who wrote the file.
     """
-    given = checkpoint.config.get("variant")
+    given, question = checkpoint.config.get("variant"), ""
     if given:
         variant, reason = str(given), "chosen"
         if variant not in VARIANTS:
             raise ValueError(f"its config has a variant {variant}; known are {', '.join(VARIANTS)}")
     else:
-        variant, reason = recognised(checkpoint)
+        variant, reason, question = recognised(checkpoint)
     resolution = checkpoint.config.get("resolution") or RESOLUTION.get(variant, 1024)
-    return {"variant": variant, "variant_reason": reason, "resolution": resolution}
+    return {
+        "variant": variant,
+        "variant_reason": reason,
+        "variant_question": question,
+        "resolution": resolution,
+    }
 
 
-def recognised(checkpoint: Checkpoint) -> tuple[str, str]:
-    """The variant and the reason for it."""
+def recognised(checkpoint: Checkpoint) -> tuple[str, str, str]:
+    """The variant, the reason for it, and what to ask the user where that is a guess."""
     names = [name.lower().replace("-", "_") for name in _names(checkpoint.path)]
     if "time_text_embed.addition_t_embedding.weight" in checkpoint.names:
-        return LAYERED, "it has the tensor that only this one has"
+        return LAYERED, "it has the tensor that only this one has", ""
     if MARKER in checkpoint.names:
-        return EDIT_2511, "the file holds its marker"
+        return EDIT_2511, "the file holds its marker", ""
     if checkpoint.config.get("zero_cond_t"):
-        return EDIT_2511, "its config has zero_cond_t"
+        return EDIT_2511, "its config has zero_cond_t", ""
     pipeline = PIPELINES.get(_pipeline(checkpoint.path))
     for word, variant in WORDS:
         # Where a folder says which pipeline it is, names may add a version of that, no more.
@@ -86,10 +96,11 @@ def recognised(checkpoint: Checkpoint) -> tuple[str, str]:
             word.isdecimal() and (pipeline in EDITORS) == (variant in EDITORS)
         )
         if possible and any(word in name for name in names):
-            return variant, f'"{word}" is in its name'
+            question = ASK_WHICH if word == SOME_EDITOR else ""
+            return variant, f'"{word}" is in its name', question
     if pipeline is not None:
-        return pipeline, "model_index.json beside the folder names its pipeline"
-    return IMAGE, ASK
+        return pipeline, "model_index.json beside the folder names its pipeline", ""
+    return IMAGE, "nothing in the file or its name says which of the family it is", ASK
 
 
 def _names(path: Path) -> list[str]:

@@ -86,6 +86,7 @@ FAMILY = Family(
     resize=sizes.resize,
     prefix=conditioning.prefix,
     check=conditioning.check,
+    own_size=conditioning.OWN_SIZE,
     pads=True,
     offers=OFFERS,
 )

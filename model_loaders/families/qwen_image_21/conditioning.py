@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...checkpoint import CheckpointError
-from .sizes import STEP
+from ...family import OwnSize
+from .sizes import STEP, reference_size, resize
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,53 @@ def prefix(
     """The DiT's prefix of a prompt and its references.
 
     `images` (H, W, 3 or 4) in 0..1 with sides that are multiples of 32, for the encoder; `latents`
-    (1, C, H / 16, W / 16) of the same, for the DiT; `room` is the target's number of tokens;
-    `dtype` is what the DiT computes in. What `store` knows is not computed again.
+    (1, C, h, w) of the same, in these sizes or in others, for the DiT; `room` is the target's
+    number of tokens; `dtype` is what the DiT computes in. What `store` knows is not computed again.
     """
     read = encoder.encode(prompt, images, store)
     given = [x.to(dtype) for x in latents]
-    return dit.prefix(read.hidden.to(dtype), read.slots, given, room, store)
+    hidden, slots = fit(read.hidden, read.slots, given)
+    return dit.prefix(hidden.to(dtype), slots, given, room, store)
+
+
+# ---- references that the encoder sees in sizes of their own ------------------------------------
+
+
+def show(given: Sequence[Tensor], shown: Sequence[Tensor], sides: Sequence[int]) -> list[Tensor]:
+    return [
+        resize(image, reference_size(image.shape[1], image.shape[0], side**2)) if side else ready
+        for image, ready, side in zip(given, shown, sides, strict=True)
+    ]
+
+
+def tokens(width: int, height: int, side: int) -> int:
+    """Vision tokens of a picture, in the area of a square, or as it is."""
+    width, height = reference_size(width, height, side**2)
+    return width * height // STEP**2
+
+
+def fit(hidden: Tensor, slots: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """States (1, L, C) and slots (L,) with four latent tokens for each slot.
+
+    The states in slots are not read, only how many there are; those of the words, which have seen
+    the pictures in the encoder's size, stay as they are.
+    """
+    import torch
+
+    needed = [x.shape[-2] * x.shape[-1] // 4 for x in latents]
+    values, lengths = torch.unique_consecutive(slots, return_counts=True)
+    runs = lengths.tolist()
+    if sum(needed) == int(slots.sum()) or int(values.sum()) != len(needed):
+        return hidden, slots  # the DiT says what does not fit
+    parts, wanted, left = [], [], iter(needed)
+    for is_picture, states in zip(values.tolist(), hidden.split(runs, dim=1), strict=True):
+        count = next(left) if is_picture else states.shape[1]
+        parts.append(states[:, :1].expand(-1, count, -1) if is_picture else states)
+        wanted.append(slots.new_full((count,), is_picture))
+    return torch.cat(parts, dim=1), torch.cat(wanted)
+
+
+OWN_SIZE = OwnSize(show, lambda sides: {}, tokens, fit)
 
 
 def channels(dit: Loaded) -> int:

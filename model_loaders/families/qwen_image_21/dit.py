@@ -14,7 +14,7 @@ Names and shapes are the published ones (diffusers' `QwenImage21Transformer2DMod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...embeddings import (
-    TIMESTEP_CHANNELS,
-    grid_positions,
-    rotate,
-    rotation,
-    timestep_features,
-)
-from ...layers import WORDS, KeptKeys, See, Store, computed
+from ...embeddings import TIMESTEP_CHANNELS, rotate, rotation, timestep_features
 from ...layers import Block as KeptBlock
-
-SLOT = 4  # latent tokens (2 x 2) per slot of the vision-language encoder
+from ...layers import See, Store, computed
+from .sequence import (
+    JointPrefix,
+    Prefix,
+    Segment,
+    advance,
+    prefix_positions,
+    runs_of,
+    segments_of,
+    text_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -53,87 +55,6 @@ class DiTConfig:
     @property
     def dim(self) -> int:
         return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of prefix tokens [start, end): text (`grid` None) or one image of `grid` tokens."""
-
-    start: int
-    end: int
-    grid: tuple[int, int] | None
-
-
-@dataclass
-class Prefix:
-    """Text and references in every layer, computed once, read at every step."""
-
-    kept: KeptKeys
-    position: int  # rotary position at which the target starts
-    rotations: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-
-def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment]:
-    """Split the prefix into text runs and image blocks, in latent tokens.
-
-    `slots` (L,) bool marks the encoder's image slots; `grids` are the references' (h, w) in latent
-    tokens, in order. Raises ValueError when they do not add up.
-    """
-    needed = [h * w for h, w in grids]
-    found = int(slots.sum())
-    if sum(needed) != found * SLOT:
-        raise ValueError(
-            f"The prompt has {found} image slots ({found * SLOT} latent tokens) but the references "
-            f"bring {sum(needed)} tokens in {len(grids)} images; encode the prompt with the same "
-            "references, in the same sizes, that are given to the DiT."
-        )
-    segments: list[Segment] = []
-    index, start = 0, 0
-    values, lengths = torch.unique_consecutive(slots.cpu(), return_counts=True)
-    for is_image, length in zip(values.tolist(), lengths.tolist(), strict=True):
-        left = length * SLOT if is_image else length
-        while left > 0:
-            grid = grids[index] if is_image else None
-            step = needed[index] if is_image else left
-            segments.append(Segment(start, start + step, grid))
-            start, left, index = start + step, left - step, index + bool(is_image)
-    return segments
-
-
-def runs_of(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments as blocks: an image with the words before it, and words alone, `WORDS` at a time."""
-    runs: list[list[Segment]] = []
-    open_run: list[Segment] = []
-    for segment in segments:
-        if segment.grid is not None:
-            runs.append([*open_run, segment])
-            open_run = []
-            continue
-        for start in range(segment.start, segment.end, WORDS):
-            part = Segment(start, min(start + WORDS, segment.end), None)
-            if part.end < segment.end:
-                runs.append([part])
-            else:
-                open_run = [part]
-    return [*runs, open_run] if open_run else runs
-
-
-def prefix_positions(segments: Sequence[Segment], position: int = 0) -> tuple[Tensor, int]:
-    """Rotary positions (P, 3) of segments from `position` on, and where the next one starts."""
-    parts = [torch.empty(0, 3, dtype=torch.long)]
-    for segment in segments:
-        if segment.grid is None:
-            run = torch.arange(position, position + segment.end - segment.start)
-            parts.append(run[:, None].expand(-1, 3))
-        else:
-            parts.append(grid_positions(position, *segment.grid))
-        position += advance(segment)
-    return torch.cat(parts), position
-
-
-def advance(segment: Segment) -> int:
-    """How far the rotary position moves on."""
-    return max(segment.grid) if segment.grid else segment.end - segment.start
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -317,7 +238,7 @@ class DiT(nn.Module):
             positions, _ = prefix_positions(run, position)
             turn = rotation(positions, self.config.axes, self.config.theta).to(words.device)
             _, modulation = self._modulate(torch.zeros(1, device=words.device), tokens.dtype)
-            masks = [_text_mask(s, words.device) for s in run]
+            masks = [text_mask(s, words.device) for s in run]
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 k, v = see(layer, k, v)
@@ -350,31 +271,24 @@ class DiT(nn.Module):
         shown = iter([self.img_in(x.flatten(2).transpose(1, 2)) for x in images])
         return torch.cat([next(shown if s.grid else texts) for s in run], dim=1)
 
+    def joint(self, prefixes: Sequence[Prefix], places: Sequence[int]) -> Prefix:
+        """What `forward` reads to paint a batch of pictures that see each other, row k behind
+        `prefixes[k]` at `places[k]` of their order. All have one size. No gradients."""
+        return JointPrefix(prefixes, places, self.config.layers)
+
     def forward(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocity (B, C, h, w) of latents x (B, C, h, w) at times t (B,), 1 = pure noise.
 
         The prefix has batch B, or 1 to be shared by all (read in place, one copy for all of them).
         """
         b, _, h, w = x.shape
-        if (h, w) not in prefix.rotations:
-            positions = grid_positions(prefix.position, h, w)
-            turn = rotation(positions, self.config.axes, self.config.theta)
-            prefix.rotations[h, w] = turn.to(x.device)
+        turn = prefix.turn(h, w, self.config, x.device)
         tokens = self.img_in(x.flatten(2).transpose(1, 2))
         embedding, modulation = self._modulate(t, tokens.dtype)
         if not torch.is_grad_enabled():
             prefix.kept.reserve(h * w)
         for layer, block in enumerate(self.transformer_blocks):
             attend = partial(prefix.kept.attend, layer)
-            tokens = block(tokens, modulation, prefix.rotations[h, w], attend)
+            tokens = block(tokens, modulation, turn, attend)
         out = self.proj_out(self.norm_out(tokens, embedding))
         return out.transpose(1, 2).unflatten(2, (h, w))
-
-
-def _text_mask(segment: Segment, device) -> Tensor | None:
-    """Bool (tokens, keys) for a text run: all keys before it, and a causal triangle of its own."""
-    if segment.grid is not None:
-        return None
-    length = segment.end - segment.start
-    mask = torch.ones(length, segment.end, dtype=torch.bool, device=device)
-    return mask.tril(diagonal=segment.start)
