@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_loaders.families.qwen_image_21.dit import SLOT, DiT, DiTConfig
+from ..model_loaders.families.qwen_image_21.dit import DiT, DiTConfig
+from ..model_loaders.families.qwen_image_21.sequence import SLOT
 from ..sampling.prefix_store import PrefixStore
 from ._dits import WORDS, Scene, config_of, random_dits
 from .edit_references import LIMIT, euler, with_cache, without_cache

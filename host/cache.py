@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .standin.io import Hidden
@@ -24,6 +24,7 @@ class Result:
     ui: dict[str, Any] | None
     size: int = 0
     used: int = 0  # number of the run that used it last
+    answers: list[Any] = field(default_factory=list)  # of a node that unfolds into others
 
 
 class Cache:
@@ -130,13 +131,15 @@ def keys(
     schemas: Mapping[str, Any],
     constants: Any,
     run: int,
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The cache key of each node of `order`, which lists a node behind all that it needs.
 
     A key says the node's type, its constants, what its fingerprint says, and the keys of what is
     wired to it; its id only where the node asked for it. `constants(node_id)`: class and values.
+    `known` are keys that were computed before.
     """
-    found: dict[str, str] = {}
+    found = dict(known or {})
     for node_id in order:
         node = prompt[node_id]
         schema = schemas[node["class_type"]]

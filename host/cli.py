@@ -76,6 +76,8 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         return 0
     if given.earlier and not given.series:
         _misused(given, "--earlier goes with --set")
+    if given.same_seed and not given.series:
+        _misused(given, "--same-seed goes with --set")
     if given.series and given.repeat:
         _misused(given, "give --set or --from, not both")
     order = Order(
@@ -91,6 +93,7 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         seed=given.seed,
         sampler=given.sampler,
         resolution=given.resolution,
+        vlm_resolution=tuple(given.vlm_resolution),
         variant=given.variant,
         layers=given.layers,
         count=given.count,
@@ -98,11 +101,12 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         out=given.out,
         sheet=given.sheet,
         cache=given.cache,
+        vram=given.vram,
         series=given.series,
         earlier=tuple(given.earlier),
+        same_seed=given.same_seed,
     )
-    generate(order, saved, _say)
-    return 0
+    return 1 if generate(order, saved, _say) else 0
 
 
 def _misused(given: argparse.Namespace, text: str) -> NoReturn:
@@ -256,6 +260,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--sampler", metavar="NAME", help="euler (default) or dpmpp_2m")
     add("--resolution", type=int, metavar="N", help="side of the square whose area references "
         "are brought to; 0 keeps each as large as it is")  # fmt: skip
+    add("--vlm-resolution", action="append", default=[], type=int, metavar="N", help="the same for "
+        "what the text encoder sees of references: for all, or repeated for one after the other; 0 "
+        "is its usual size")  # fmt: skip
     add("--variant", metavar="NAME", help="which model of its family --dit is, where the file does "
         "not say; a wrong name lists them")  # fmt: skip
     add("--layers", type=int, metavar="N", help="into how many a model that paints in layers takes "
@@ -263,12 +270,19 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--prompts", type=Path, metavar="FILE", help="a prompt in each line, # for comments")
     add("--out", type=Path, default=Path(), metavar="PATH",
         help="folder, or a new PNG file; default: here, seedling_00001.png and up")  # fmt: skip
-    add("--set", dest="series", choices=("independent", "sequential"), help="the prompts, lines or "
-        "a numbered list, are those of pictures that belong together")  # fmt: skip
+    add("--set", dest="series", choices=("independent", "sequential", "joint"), help="the prompts, "
+        "lines or a numbered list, are those of pictures that belong together: each sees the "
+        "references only, the pictures before it, or all others, which are painted at once and "
+        "which the model has to know")  # fmt: skip
+    add("--same-seed", action="store_true", help="all pictures of the set begin with the same "
+        "noise, which keeps layouts alike; else seeds count up")  # fmt: skip
     add("--earlier", action="append", default=[], type=Path, metavar="FILE",
         help="a finished picture of the set, to go on behind it; repeated")  # fmt: skip
     add("--cache", default="auto", metavar="SIZE", help="memory for what is read of prompts and "
         "references, kept from picture to picture: auto (default), off, 6GB, 6GB:int8")  # fmt: skip
+    add("--vram", default="auto", metavar="SIZE", help="memory of the card for weights; what is "
+        "beyond waits in the computer's memory and is copied block by block: auto (default: all if "
+        "it fits), all, 6GB")  # fmt: skip
     add("--sheet", action="store_true", help="a contact sheet of all pictures too")
     add("--from", dest="repeat", type=Path, metavar="PNG", help="make a picture again, exactly; "
         "other options change what they say")  # fmt: skip

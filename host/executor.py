@@ -22,6 +22,7 @@ from .paths import Folders
 from .standin.dynamic import nested
 from .standin.io import ExecutionBlocker, Hidden, HiddenValues, NodeOutput
 from .standin.runtime import CURRENT, Interrupted, Runtime
+from .unfold import Graph, unfold
 from .validate import ancestors, is_link
 
 LARGEST_UI = 8 * 2**20  # characters of JSON that a node may show
@@ -94,6 +95,8 @@ class Run:
         self.library = executor.library
         kinds = {node["class_type"] for node in job.prompt.values()}
         self.schemas = {kind: self.library[kind].schema() for kind in kinds if kind in self.library}
+        self.graph = Graph(job.prompt)
+        self.names: dict[str, str] = {}  # of results in the cache
         self.results: dict[str, Result] = {}
         self.states: dict[str, dict[str, Any]] = {}
         self.done: list[str] = []
@@ -110,31 +113,39 @@ class Run:
         order: dict[str, None] = {}
         for target in self.job.targets:
             order |= dict.fromkeys(ancestors(self.job.prompt, target)[0])
-        names = keys(self.job.prompt, order, self.schemas, self.constants, self.executor.cache.run)
-        cached = [node_id for node_id in order if self.executor.cache.get(names[node_id])]
+        cache = self.executor.cache
+        self.names = keys(self.job.prompt, order, self.schemas, self.constants, cache.run)
+        cached = [node_id for node_id in order if cache.get(self.names[node_id])]
         self.say("execution_cached", nodes=cached, timestamp=now())
         for node_id in order:
-            known = self.executor.cache.get(names[node_id])
-            if known:
-                self.results[node_id] = known
-                if known.ui is not None:
-                    self.show(node_id, known.ui)
-                continue
-            self.results[node_id] = result = self.one(node_id)
-            self.done.append(node_id)
-            if not any(isinstance(v, ExecutionBlocker) for items in result.outputs for v in items):
-                self.executor.cache.put(names[node_id], result)
+            self.step(node_id)
+
+    def step(self, node_id: str) -> None:
+        """The result of a node, known or new."""
+        known = self.executor.cache.get(self.names[node_id])
+        if known and known.answers:  # what it unfolded into is kept too, and is shown again
+            schema = self.schemas[self.graph.nodes[node_id]["class_type"]]
+            known = self.sorted(node_id, schema, known.answers)
+        if known:
+            self.results[node_id] = known
+            if known.ui is not None:
+                self.show(node_id, known.ui)
+            return
+        self.results[node_id] = result = self.one(node_id)
+        self.done.append(node_id)
+        if not any(isinstance(v, ExecutionBlocker) for items in result.outputs for v in items):
+            self.executor.cache.put(self.names[node_id], result)
 
     def constants(self, node_id: str) -> tuple[Any, dict[str, Any]]:
         """A node's class and its values, None for what a wire brings."""
-        node = self.job.prompt[node_id]
+        node = self.graph.nodes[node_id]
         schema = self.schemas[node["class_type"]]
         live = {k: None if is_link(v) else v for k, v in node["inputs"].items()}
         return self.library[node["class_type"]].cls, nested(schema.inputs, live)
 
     def one(self, node_id: str) -> Result:
         """Run a node; Failed when it did not end well."""
-        self.say("executing", node=node_id, display_node=node_id)
+        self.say("executing", node=node_id, display_node=self.graph.real(node_id))
         self.progress(node_id, 0, 1, None)
         inputs: dict[str, list[Any]] = {}
         try:
@@ -144,12 +155,15 @@ class Run:
             result = self.call(node_id, inputs)
         except Interrupted:
             self.outcome.status = "interrupted"
-            kind = self.job.prompt[node_id]["class_type"]
+            real = self.graph.real(node_id)
+            kind = self.job.prompt[real]["class_type"]
             self.say(
-                "execution_interrupted", node_id=node_id, node_type=kind, executed=list(self.done),
+                "execution_interrupted", node_id=real, node_type=kind, executed=list(self.done),
                 timestamp=now(),
             )  # fmt: skip
             raise Failed from None
+        except Failed:  # a node that this one unfolded into
+            raise
         except BaseException as error:  # noqa: BLE001  SystemExit and MemoryError of a node, too
             self.fail(node_id, error, inputs)
             raise Failed from None
@@ -160,7 +174,7 @@ class Run:
 
     def inputs(self, node_id: str) -> dict[str, list[Any]]:
         """The items of each input, by path."""
-        node = self.job.prompt[node_id]
+        node = self.graph.nodes[node_id]
         found: dict[str, list[Any]] = {}
         for name, value in node["inputs"].items():
             if is_link(value):
@@ -171,8 +185,8 @@ class Run:
 
     def call(self, node_id: str, inputs: dict[str, list[Any]]) -> Result:
         """Call `execute`, once an item unless the node takes lists, and sort what comes back."""
-        entry = self.library[self.job.prompt[node_id]["class_type"]]
-        schema = self.schemas[self.job.prompt[node_id]["class_type"]]
+        entry = self.library[self.graph.nodes[node_id]["class_type"]]
+        schema = self.schemas[self.graph.nodes[node_id]["class_type"]]
         for items in inputs.values():
             for value in items:
                 if isinstance(value, ExecutionBlocker):
@@ -188,25 +202,24 @@ class Run:
                 for k in range(longest if all(inputs.values()) else 0)
             ]
         cls = type(entry.cls.__name__, (entry.cls,), {"hidden": self.hidden(node_id, schema)})
-        made = [self.execute(cls, schema, values) for values in calls]
+        made = [self.execute(cls, schema, values, k) for k, values in enumerate(calls)]
         return self.sorted(node_id, schema, made)
 
     def hidden(self, node_id: str, schema: Any) -> HiddenValues:
         extra = self.job.extra
         known = {
             Hidden.unique_id: node_id, Hidden.prompt: self.job.prompt,
-            Hidden.extra_pnginfo: extra.get("extra_pnginfo"),
+            Hidden.extra_pnginfo: extra.get("extra_pnginfo"), Hidden.dynprompt: self.graph,
         }  # fmt: skip
         return HiddenValues({key: known.get(key) for key in schema.hidden} | known)
 
-    def execute(self, cls: Any, schema: Any, values: dict[str, Any]) -> NodeOutput:
+    def execute(self, cls: Any, schema: Any, values: dict[str, Any], call: int) -> NodeOutput:
         given = nested(schema.inputs, values)
         if schema.accept_all_inputs:
             given = values | given
         node_id = cls.hidden.unique_id
-        runtime = Runtime(
-            self.executor.folders, node_id, self.progress, self.executor.stopped, self.executor.text
-        )
+        host = self.executor
+        runtime = Runtime(host.folders, node_id, self.progress, host.stopped, self.tell, call)
         token = CURRENT.set(runtime)
         try:
             answer = cls.execute(**given)
@@ -227,9 +240,7 @@ class Run:
         outputs: list[list[Any]] = [[] for _ in schema.outputs]
         shown: dict[str, Any] | None = None
         for answer in made:
-            if answer.expand:
-                raise NodeError("This host does not run nodes that expand into others.")
-            values = answer.args
+            values = unfold(self, node_id, answer) if answer.expand else answer.args
             if answer.block_execution is not None:
                 values = tuple(ExecutionBlocker(answer.block_execution) for _ in schema.outputs)
             if len(values) < len(schema.outputs):
@@ -245,28 +256,33 @@ class Run:
             ui = answer.ui.as_dict() if hasattr(answer.ui, "as_dict") else answer.ui
             if ui:
                 shown = joined(shown or {}, checked_ui(ui))
-        return Result(outputs, shown)
+        return Result(outputs, shown, answers=made if any(a.expand for a in made) else [])
 
     def show(self, node_id: str, ui: dict[str, Any]) -> None:
         self.outcome.outputs[node_id] = ui
+        real, parent = self.graph.real(node_id), self.graph.parents.get(node_id)
         self.outcome.meta[node_id] = {
-            "node_id": node_id, "display_node": node_id, "parent_node": None,
-            "real_node_id": node_id,
+            "node_id": node_id, "display_node": real, "parent_node": parent, "real_node_id": real,
         }  # fmt: skip
-        self.say("executed", node=node_id, display_node=node_id, output=ui)
+        self.say("executed", node=node_id, display_node=real, output=ui)
         # The page shows `text` of core's Preview as Text only; for other nodes it is sent as such.
-        if self.job.prompt[node_id]["class_type"] != "PreviewAny":
+        if self.graph.nodes[node_id]["class_type"] != "PreviewAny":
             for text in ui.get("text", ()):
                 if isinstance(text, str):
-                    self.executor.text(node_id, text)
+                    self.tell(node_id, text)
+
+    def tell(self, node_id: str, text: str) -> None:
+        """Show a text on a node."""
+        self.executor.text(self.graph.real(node_id), text)
 
     def progress(
         self, node_id: str, value: float, maximum: float, image: Any, state: str = "running"
     ) -> None:
         """Say how far a node is; `image` is shown on it."""
+        real, parent = self.graph.real(node_id), self.graph.parents.get(node_id)
         where = {
-            "node_id": node_id, "prompt_id": self.job.prompt_id, "display_node_id": node_id,
-            "parent_node_id": None, "real_node_id": node_id,
+            "node_id": node_id, "prompt_id": self.job.prompt_id, "display_node_id": real,
+            "parent_node_id": parent, "real_node_id": real,
         }  # fmt: skip
         value, maximum = float(value), float(maximum)
         entry = {"value": value, "max": maximum, "state": state} | where
@@ -282,14 +298,15 @@ class Run:
 
     def fail(self, node_id: str | None, error: BaseException, inputs: Mapping[str, Any]) -> None:
         """The event of a node that raised; never raises itself."""
-        kind = self.job.prompt[node_id]["class_type"] if node_id in self.job.prompt else None
+        real = node_id and self.graph.real(node_id)
+        kind = self.job.prompt[real]["class_type"] if real in self.job.prompt else None
         module = type(error).__module__
         name = type(error).__qualname__
         self.outcome.status = "error"
         if node_id is not None:
             self.progress(node_id, 0, 1, None, "error")
         self.say(
-            "execution_error", node_id=node_id, node_type=kind, executed=list(self.done),
+            "execution_error", node_id=real, node_type=kind, executed=list(self.done),
             exception_message=words(error),
             exception_type=name if module == "builtins" else f"{module}.{name}",
             traceback=traceback.format_tb(error.__traceback__)[-20:],

@@ -22,11 +22,12 @@ from ..sampling.pipeline import check as check_task
 from ..sampling.prefix_store import PrefixStore
 from ..sampling.schedules import check_steps
 from ..sampling.sizes import parse_size
-from . import models, recipe
+from . import asked, models, recipe
 from .pictures import FORMATS, PictureFile, png, read_picture, to_image, write_at, write_new
 from .recipe import Recipe
 from .series import Series
 from .sheet import Tile, contact_sheet, thumbnail
+from .vram import vram_of
 from .writer import Writer, in_layers
 
 Say = Callable[[str], None]
@@ -45,8 +46,9 @@ class Order:
 
     `count` pictures are made of each prompt. `repeat` is a picture whose recipe is followed. Each
     of `loras` is a path or a name, and after a colon a strength. `variant` is as for `load_dit`,
-    `layers` as in `Task`, `cache` as for `PrefixStore.of`. `series`: the prompts are those of a
-    set, as `plan_set` has it, which goes on behind its finished pictures `earlier`.
+    `layers` as in `Task`, `cache` as for `PrefixStore.of`, `vram` as for `vram_of`. `series`: the
+    prompts are those of a set, as `plan_set` has it, which goes on behind its finished pictures
+    `earlier`; with `same_seed` all of them begin with the same noise.
     """
 
     prompts: tuple[str, ...] = ()
@@ -61,13 +63,16 @@ class Order:
     seed: int | None = None
     sampler: str | None = None
     resolution: int | None = None
+    vlm_resolution: tuple[int, ...] = ()
     variant: str | None = None
     layers: int | None = None
     count: int = 1
     device: str = "auto"
     cache: str = "auto"
+    vram: str = "auto"
     series: str | None = None
     earlier: tuple[Path, ...] = ()
+    same_seed: bool = False
     out: Path = Path()
     sheet: bool = False
 
@@ -97,12 +102,13 @@ class Made:
     per_step: float
 
 
-def generate(order: Order, saved: list[Path], say: Say) -> None:
-    """Carry out `order`. Each file is appended to `saved` as soon as it is complete.
+def generate(order: Order, saved: list[Path], say: Say) -> int:
+    """Carry out `order`. Each file is appended to `saved` as soon as it is complete. How many
+    pictures failed that no other one needs; what else fails is raised.
 
     Everything that can be known beforehand is checked before any weight is read.
     """
-    old = recipe.read_recipe(order.repeat) if order.repeat else None
+    old = repeated(order)
     prompts = order.prompts or ((old.prompt,) if old else ())
     check(order, prompts)
     series = Series(order, prompts) if order.series else None
@@ -110,7 +116,9 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
     files = references_of(order, old)
     loras, store = loras_of(order, old, say), PrefixStore.of(order.cache)
     variant = order.variant or (old.variant if old and order.weights.dit is None else None)
-    pipeline = load(weights_of(order, old, say), device_of(order.device), say, loras, variant)
+    paths, device = weights_of(order, old, say), device_of(order.device)
+    vram = vram_of(order.vram, device, paths.values())
+    pipeline = load(paths, device, say, loras, variant, vram)
     pipeline.store = store
     if layered(pipeline, order.layers) and target.file:
         target = Target(target.folder, target.file.stem)
@@ -119,6 +127,8 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
     orders = [replace(wanted, prompts=(p,)) for p in prompts]
     orders = series.orders(wanted) if series else orders
     tasks = [task_of(one, old, pipeline, files) for one in orders]
+    if series:
+        tasks = [replace(task, together=series.plan.together) for task in tasks]
     plans = [plan_of(pipeline, task, old, order.repeat) for task in tasks]
     say(headline(pipeline, tasks, plans[0]))
     writer = Writer(pipeline, target.folder, files)
@@ -129,7 +139,10 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
             if series:
                 task = series.seen(task, plan)
                 writer.references = writer.sources((*files, *series.files))
-            for made in pictures(pipeline, task, bar):
+            each = pictures(pipeline, task, bar)
+            for made in series.without_failures(each, say) if series else each:
+                if old and old.place not in (None, made.picture.index):
+                    continue  # another one of those that were painted at once
                 image = to_image(made.picture.pixels)
                 saved.append(target.save(writer.png(task, plan, made.picture, image)))
                 say(f"{saved[-1]}  ({made.seconds:.1f} s, {made.per_step:.3g} s/it)")
@@ -137,11 +150,27 @@ def generate(order: Order, saved: list[Path], say: Say) -> None:
                     series.add(saved[-1])
                 if order.sheet:
                     note = f"{saved[-1].name}, seed {made.picture.seed}"
-                    tiles.append(Tile((thumbnail(image),), task.prompt, note))
+                    prompt = task.prompt_of(made.picture.index)
+                    tiles.append(Tile((thumbnail(image),), prompt, note))
     if tiles:
         saved.append(write_new(target.folder, f"{target.stem}_sheet", png(contact_sheet(tiles))))
         say(f"{saved[-1]}  (contact sheet)")
     say(f"Prompts and references {store.report()}.")
+    if series and series.failed and not saved:
+        raise series.failed[0]
+    return len(series.failed) if series else 0
+
+
+def repeated(order: Order) -> Recipe | None:
+    """What the picture says that is to be repeated."""
+    old = recipe.read_recipe(order.repeat) if order.repeat else None
+    if old and old.together and (order.prompts or order.seed is not None or order.count > 1):
+        raise OrderError(
+            f"{order.repeat} was painted at once with {len(old.together) - 1} others that it sees; "
+            "it can be repeated with its own prompts and seeds only, so leave out PROMPT, --seed "
+            "and --count."
+        )
+    return old
 
 
 def check(order: Order, prompts: Sequence[str]) -> None:
@@ -157,9 +186,10 @@ def check(order: Order, prompts: Sequence[str]) -> None:
         check_steps(order.steps)
     if order.size is not None:
         parse_size(order.size)
-    known = {"sampler": order.sampler or "euler", "seed": order.seed or 0}
+    known: dict[str, Any] = {"sampler": order.sampler or "euler", "seed": order.seed or 0}
     layers = Task.layers if order.layers is None else order.layers
-    check_task(Task("", count=order.count, resolution=order.resolution, layers=layers, **known))
+    known |= {"resolution": order.resolution, "vlm_resolution": order.vlm_resolution}
+    check_task(Task("", count=order.count, layers=layers, **known))
 
 
 def target_of(out: Path, count: int) -> Target:
@@ -243,16 +273,17 @@ def load(
     say: Say,
     loras: Sequence[tuple[Path, float]] = (),
     variant: str | None = None,
+    vram: int | None = None,
 ) -> Pipeline:
     """Load the three files and LoRAs; say what the user should know about them."""
     files = paths["dit"], paths["vae"], paths["encoder"]
-    pipeline = Pipeline.load(*files, device=device, loras=loras, variant=variant)
+    pipeline = Pipeline.load(*files, device=device, loras=loras, variant=variant, vram=vram)
     parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
     for licence in dict.fromkeys(part.licence for part in parts):
         if not licence.commercial:
             say(f"{licence.name}, non-commercial. {licence.notice}")
     for part in parts:
-        for note in part.notes:
+        for note in asked.notes(part):
             say(f"Note: {part.checkpoint.name}: {note}")
     for lora, _ in pipeline.loras.values():
         if lora.unmatched:
@@ -290,6 +321,8 @@ def task_of(
         guidance=order.guidance,
         resolution=order.resolution,
         layers=order.layers or (old.layers if old and old.layers else Task.layers),
+        together=old.together if old else (),
+        vlm_resolution=order.vlm_resolution or (old.vlm_resolution if old else ()),
     )
     if old is None or not same_dit(old, pipeline):  # another model has its own ways
         return task
@@ -319,13 +352,13 @@ def same_dit(old: Recipe, pipeline: Pipeline) -> bool:
 def headline(pipeline: Pipeline, tasks: Sequence[Task], plan: Plan) -> str:
     """One line before the run: what will be made, how, and why so."""
     first, steps = tasks[0], len(plan.sigmas) - 1
-    number = len(tasks) * first.count
+    number = len(tasks) * (len(first.together) or first.count)
     what = "1 picture" if number == 1 else f"{number} pictures"
-    seeds = f"seed {first.seed}"
-    last = image_seed(tasks[-1].seed, first.count - 1)
-    if last != first.seed:
-        seeds = f"seeds {first.seed} to {last}"
-    shown = "".join(f", image {i} at {w} x {h}" for i, (w, h) in enumerate(plan.references, 1))
+    start, last = first.seed, image_seed(tasks[-1].seed, first.count - 1)
+    if first.together:
+        start, last = first.together[0].seed, first.together[-1].seed
+    seeds = f"seed {start}" if start == last else f"seeds {start} to {last}"
+    shown = "".join(f", {words}" for words in plan.shown(pipeline.family.pixels_per_token))
     loras = "".join(
         f" + {lora.checkpoint.name} at {strength:g}" for lora, strength in pipeline.loras.values()
     )

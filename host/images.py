@@ -7,9 +7,11 @@ import json
 import os
 import re
 import secrets
+import struct
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,28 +108,59 @@ def to_pillow(image: Any) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
+def png_16_bit(image: Any, text: Mapping[str, str]) -> bytes:
+    """A PNG with 16 bits a channel of (H, W, C) in 0..1, C 1, 3 or 4; rounded down, as ComfyUI's.
+
+    Pillow has no such colours. Each row is stored as its difference to the row above (filter 2 of
+    the PNG specification, section 9), byte by byte.
+    """
+    import numpy
+
+    values = numpy.clip(65535.0 * image.float().cpu().numpy(), 0, 65535).astype(">u2", order="C")
+    height, width, channels = values.shape
+    rows = values.view(numpy.uint8).reshape(height, -1)
+    above = numpy.vstack([numpy.zeros_like(rows[:1]), rows[:-1]])
+    filtered = numpy.hstack([numpy.full((height, 1), 2, numpy.uint8), rows - above])
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    words = [(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items()]
+    data = (b"IDAT", zlib.compress(filtered.tobytes(), 4))
+    parts = [(b"IHDR", head), *words, data, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
+    )
+
+
+def png_8_bit(image: Any, text: Mapping[str, str], compress: int = 4) -> bytes:
+    """A PNG with 8 bits a channel of (H, W, C) in 0..1."""
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        info.add_text(key, value)
+    to_pillow(image).save(data, "PNG", pnginfo=info, compress_level=compress)
+    return data.getvalue()
+
+
 def save_batch(
-    root: Path, prefix: str, images: Any, recipe: Mapping[str, Any], compress: int, durable: bool
-) -> list[tuple[str, str]]:
+    root: Path, prefix: str, images: Any, recipe: Mapping[str, Any], durable: bool,
+    encode: Callable[[Any, Mapping[str, str]], bytes] = png_8_bit, end: str = "_",
+) -> list[tuple[str, str]]:  # fmt: skip
     """Save (B, H, W, C) as <prefix>_00001_.png, ...; returns (subfolder, file name) of each.
 
     `recipe` goes into the file as text, value by value in JSON. Two writers never get one name.
+    `encode` makes the bytes of a file; `end` is what stands behind the number.
     """
-    text = PngImagePlugin.PngInfo()
-    for key, value in recipe.items():
-        text.add_text(str(key), json.dumps(value))
+    text = {str(key): json.dumps(value) for key, value in recipe.items()}
     folder, stem = target(root, prefix, images[0].shape[1], images[0].shape[0])
     folder.mkdir(parents=True, exist_ok=True)
     inner = folder.relative_to(root.resolve()).as_posix()
     saved, counter = [], next_number(folder, stem)
     for number, image in enumerate(images):
         name = stem.replace("%batch_num%", str(number))
-        data = io.BytesIO()
-        to_pillow(image).save(data, "PNG", pnginfo=text, compress_level=compress)
+        data = encode(image, text)
         while True:
-            file = folder / f"{name}_{counter:05}_.png"
+            file = folder / f"{name}_{counter:05}{end}.png"
             counter += 1
-            if write_new(file, data.getvalue(), durable):
+            if write_new(file, data, durable):
                 break
         saved.append(("" if inner == "." else inner, file.name))
     return saved

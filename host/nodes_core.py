@@ -12,7 +12,7 @@ import random
 import sys
 from typing import Any
 
-from .images import FORMATS, header, load_picture
+from .images import FORMATS, header, load_picture, png_8_bit, png_16_bit
 from .nodes_model import MODEL_NODES
 from .nodes_sampler import KSampler
 from .paths import PathError, annotated_path, files_below
@@ -122,6 +122,44 @@ class SaveImage(io.ComfyNode):
         )
 
 
+class SaveImageAdvanced(io.ComfyNode):
+    """Core's, without EXR."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        depth = io.Combo.Input("bit_depth", ["8-bit", "16-bit"], default="8-bit", advanced=True)
+        space = io.Combo.Input("input_color_space", ["sRGB"], default="sRGB", advanced=True)
+        return io.Schema(
+            node_id="SaveImageAdvanced",
+            display_name="Save Image (Advanced)",
+            category="image",
+            essentials_category="Basics",
+            description="Saves the input images to the output folder of this studio.",
+            search_aliases=["save", "save image", "export image", "output image", "write image"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The images to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="ComfyUI",
+                    tooltip="The beginning of the file's name, as of Save Image.",
+                ),
+                io.DynamicCombo.Input(
+                    "format",
+                    options=[io.DynamicCombo.Option("png", [depth, space])],
+                    tooltip="The file format. 16-bit keeps what 8 bits would round off.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images")],
+        )
+
+    @classmethod
+    def execute(cls, images: Any, filename_prefix: str, format: dict[str, str]) -> io.NodeOutput:
+        encode = png_16_bit if format["bit_depth"] == "16-bit" else png_8_bit
+        files = ui.saved(images, filename_prefix, io.FolderType.output, cls, encode=encode, end="")
+        return io.NodeOutput(images, ui={"images": files})
+
+
 class PreviewImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -222,7 +260,7 @@ def primitive(identity: str, name: str, socket: Any, **options: Any) -> type[io.
 
 BIG = {"min": -sys.maxsize, "max": sys.maxsize}
 CORE: list[type[io.ComfyNode]] = [
-    LoadImage, LoadImageMask, SaveImage, PreviewImage, ImageCompare, PreviewAny,
+    LoadImage, LoadImageMask, SaveImage, SaveImageAdvanced, PreviewImage, ImageCompare, PreviewAny,
     *MODEL_NODES, KSampler,
     primitive("PrimitiveString", "Text", io.String),
     primitive("PrimitiveStringMultiline", "Text (Multiline)", io.String, multiline=True),

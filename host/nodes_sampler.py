@@ -57,6 +57,18 @@ class KSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, sampler_name: str | None, scheduler: str | None) -> bool | str:
+        """Workflows of ComfyUI name many more; none of them is exchanged for another silently."""
+        asked = ((sampler_name, SAMPLERS, "sampler"), (scheduler, SCHEDULERS, "scheduler"))
+        for name, known, what in asked:
+            if name is not None and name not in known:
+                return (
+                    f"The studio's KSampler has no {what} '{name[:60]}', only {', '.join(known)}. "
+                    "Choose one of these, use Few-Step Sampler, or run the workflow in ComfyUI."
+                )
+        return True
+
+    @classmethod
     def execute(cls, model: Any, latent_image: dict[str, Any], **options: Any) -> io.NodeOutput:
         from ..nodes.plain import Plain
 

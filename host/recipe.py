@@ -22,6 +22,7 @@ from ..model_loaders.checkpoint import CheckpointError, open_checkpoint
 from ..model_loaders.family import Kind
 from ..model_loaders.load import Loaded
 from ..model_loaders.lora import Lora
+from ..sampling.task import Member
 from . import models
 from .pictures import PictureError, PictureFile, read_picture, read_text
 
@@ -54,6 +55,8 @@ class Recipe:
     """Everything that one picture depends on. `resolution` None: as the checkpoint likes it.
 
     `variant` was chosen where the file does not say it; `layers` are of one that paints in layers.
+    `together` were painted at once, this one being number `place` of them, from 0.
+    `vlm_resolution` is as in `Task`.
     """
 
     prompt: str
@@ -72,6 +75,9 @@ class Recipe:
     loras: tuple[LoraSource, ...] = ()
     variant: str | None = None
     layers: int | None = None
+    together: tuple[Member, ...] = ()
+    place: int | None = None
+    vlm_resolution: tuple[int, ...] = ()
 
     def text(self) -> str:
         """As JSON; text stays readable, whatever its script."""
@@ -121,7 +127,12 @@ def _parsed(content: Any) -> Recipe:
         loras=tuple(_lora(s) for s in _typed({"loras": [], **content}, "loras", list)),
         variant=None if content.get("variant") is None else _typed(content, "variant", str),
         layers=None if content.get("layers") is None else _typed(content, "layers", int),
+        together=tuple(_member(s) for s in _typed({"together": [], **content}, "together", list)),
+        vlm_resolution=_numbers({"vlm_resolution": [], **content}, "vlm_resolution", int),
+        place=None if content.get("place") is None else _typed(content, "place", int),
     )
+    if recipe.together and recipe.place not in range(len(recipe.together)):
+        raise ValueError("it does not say which of several pictures it is")
     if len(recipe.size) != 2 or len(recipe.sigmas) != recipe.steps + 1:
         raise ValueError("its size or its sigmas have the wrong length")
     return recipe
@@ -148,6 +159,13 @@ def _source(content: Any) -> Source:
         path=None if path is None else _typed(content, "path", str),
         hash=_typed(content, "hash", str),
     )
+
+
+def _member(content: Any) -> Member:
+    if not isinstance(content, dict):
+        raise TypeError("one of its pictures is not a JSON object")
+    prompt = _typed(content, "prompt", str)
+    return Member(prompt, _typed(content, "seed", int), _typed(content, "place", int))
 
 
 def _lora(content: Any) -> LoraSource:

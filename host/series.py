@@ -6,14 +6,13 @@ so that the recipe in the next one names everything that it was made from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ..sampling.noise import image_seed
 from ..sampling.pipeline import Plan, Task
-from ..sampling.sets import SEEING, plan_set
+from ..sampling.sets import FAILURES, SEEING, Failure, SetPlan, plan_set
 from .pictures import PictureFile, read_picture
 
 if TYPE_CHECKING:
@@ -21,21 +20,31 @@ if TYPE_CHECKING:
 
 __all__ = ["SEEING", "Series"]
 
+T = TypeVar("T")
+
 
 class Series:
     """A set that is being made. `files` are its finished pictures that later ones see."""
 
     def __init__(self, order: Order, prompts: Sequence[str]) -> None:
-        self.plan = plan_set(
-            "\n".join(prompts),
+        self.text = "\n".join(prompts)
+        self.plan = self._plan(order, 0)
+        self.files: tuple[PictureFile, ...] = ()
+        self.failed: list[Exception] = []
+        self.begun = self.plan.start
+        for path in order.earlier:
+            self.add(path)
+
+    def _plan(self, order: Order, seed: int) -> SetPlan:
+        return plan_set(
+            self.text,
             0 if order.count == 1 else order.count,
             order.series or SEEING[0],
+            seed=seed,
+            same_seed=order.same_seed,
             references=len(order.references),
             start=len(order.earlier),
         )
-        self.files: tuple[PictureFile, ...] = ()
-        for path in order.earlier:
-            self.add(path)
 
     @property
     def left(self) -> int:
@@ -43,18 +52,28 @@ class Series:
         return len(self.plan) - self.plan.start
 
     def orders(self, wanted: Order) -> list[Order]:
-        """An order for each of them; picture k has the seed of `wanted` + k."""
+        """An order for each of them, or one for all that are painted at once."""
         assert wanted.seed is not None
-        return [
-            replace(wanted, prompts=(prompt,), seed=image_seed(wanted.seed, k), count=1)
-            for k, prompt in enumerate(self.plan.prompts)
-            if k >= self.plan.start
-        ]
+        self.plan = self._plan(wanted, wanted.seed)
+        each = zip(self.plan.prompts, self.plan.seeds, strict=True)
+        orders = [replace(wanted, prompts=(prompt,), seed=seed, count=1) for prompt, seed in each]
+        return orders[:1] if self.plan.together else orders[self.plan.start :]
 
     def seen(self, task: Task, plan: Plan) -> Task:
         """The task with what it sees of the set, in the size that was planned without it."""
         shown = tuple(file.pixels for file in self.files)
         return replace(task, references=(*task.references, *shown), size=plan.size)
+
+    def without_failures(self, made: Iterator[T], say: Callable[[str], None]) -> Iterator[T]:
+        """What is made of one order. Of independent pictures one that fails is told, and noted."""
+        self.begun += 1
+        try:
+            yield from made
+        except FAILURES as error:
+            if self.plan.seeing != SEEING[0]:
+                raise
+            self.failed.append(error)
+            say(f"{Failure(self.begun - 1, error).text} The others go on.")
 
     def add(self, path: Path) -> None:
         """A picture of the set is finished."""

@@ -42,17 +42,17 @@ class Writer:
         return tuple(recipe.source(f.path, f.sha256, self.folder) for f in files)
 
     def png(self, task: Task, plan: Plan, picture: Picture, image: Image.Image) -> bytes:
-        return png(image, {recipe.KEY: self.recipe(task, plan, picture.seed).text()})
+        return png(image, {recipe.KEY: self.recipe(task, plan, picture).text()})
 
-    def recipe(self, task: Task, plan: Plan, seed: int) -> Recipe:
+    def recipe(self, task: Task, plan: Plan, picture: Picture) -> Recipe:
         return Recipe(
-            prompt=task.prompt,
+            prompt=task.prompt_of(picture.index),
             negative=task.negative,
             references=self.references,
             size=plan.size,
             steps=len(plan.sigmas) - 1,
             guidance=plan.guidance,
-            seed=seed,
+            seed=picture.seed,
             sampler=task.sampler,
             sigmas=plan.sigmas,
             schedule=plan.schedule,
@@ -62,4 +62,7 @@ class Writer:
             weights=self.weights,
             made_with=self.made_with,
             loras=self.loras,
+            together=task.together,
+            place=picture.index if task.together else None,
+            vlm_resolution=task.vlm_resolution,
         )

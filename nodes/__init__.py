@@ -13,6 +13,7 @@ from .quantize import SeedlingQuantizeDiT
 from .references import SeedlingReferences
 from .region import SeedlingEditRegion, SeedlingFinishEdit, SeedlingPreservationReport
 from .sampling import SeedlingCanvasSize, SeedlingFewStepSampler
+from .set_parts import SeedlingSetAtOnce, SeedlingSetPicture, SeedlingSetPictures
 
 NODES: list[type[io.ComfyNode]] = [
     SeedlingLoadDiT,
@@ -30,11 +31,16 @@ NODES: list[type[io.ComfyNode]] = [
     SeedlingDetailPass,
     SeedlingQuantizeDiT,
 ]
+INSIDE: list[type[io.ComfyNode]] = [  # in no menu
+    SeedlingSetPicture,
+    SeedlingSetPictures,
+    SeedlingSetAtOnce,
+]
 
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [*NODES, *INSIDE]
 
 
 async def comfy_entrypoint() -> Extension:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_loaders.load import Loaded, load_dit
+from ..model_loaders.load import Loaded, Precision, load_dit
 from ..sampling import SamplingError
 from ..sampling.detail import windowed
 from ..sampling.noise import batch_noise
@@ -22,7 +22,7 @@ from .adapters import directly, is_plain, memory_factor
 from .comfy_codecs import load_clip, load_our_vae, operations
 from .kept import store_of
 from .lora_keys import Named, published, renaming
-from .runtime import Prefix, Report, Run, one_by_one, preview_of
+from .runtime import Prefix, Report, Run, one_by_one, preview_of, seeded_noise, where
 
 PREVIEW_SIDE = 512
 
@@ -30,9 +30,8 @@ PREVIEW_SIDE = 512
 class ComfyUI:
     """The runtime inside ComfyUI."""
 
-    def load(
-        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
-    ) -> Any:
+    def load(self, kind: str, path: str, dtype: Precision, variant: str | None = None) -> Any:
+        dtype = None if dtype == "auto" else dtype  # core chooses itself, for its device
         if kind == "dit":
             return load_model(path, dtype, variant)
         return {"encoder": load_clip, "vae": load_our_vae}[kind](path, dtype)
@@ -89,8 +88,9 @@ class ComfyUI:
         conditions = {"positive": run.positive, "negative": run.negative}
         guider.inner_set_conds({k: v for k, v in conditions.items() if v})
         guider.set_cfg(run.guidance)
+        drawn = batch_noise(run.seed, 0, len(run.latents), run.latents.shape[1:])
         done = guider.sample(
-            batch_noise(run.seed, 0, len(run.latents), run.latents.shape[1:]),
+            seeded_noise(run, "cpu") if run.seeds else drawn,
             run.latents,
             flow_sampler(run, self.loaded(model)),
             torch.tensor(run.sigmas),
@@ -118,12 +118,13 @@ class ComfyUI:
         return report
 
     def tell(self, text: str) -> None:
-        from comfy_execution.utils import get_executing_context
+        from comfy_execution.progress import get_progress_state
         from server import PromptServer
 
-        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-        if context is not None and server is not None:
-            server.send_progress_text(text, context.node_id)
+        (node, _), server = where(), getattr(PromptServer, "instance", None)
+        if node and server is not None:  # a node that another unfolded into is not on the page
+            shown = get_progress_state().dynprompt.get_display_node_id(node)
+            server.send_progress_text(text, shown)
 
 
 def load_model(

@@ -12,22 +12,22 @@ from comfy_api.latest import io, ui
 from ..model_loaders.checkpoint import CheckpointError
 from ..model_loaders.detection import model_title
 from ..model_loaders.families import FAMILIES
-from ..model_loaders.load import Loaded
+from ..model_loaders.load import Loaded, Precision
 from .runtime import runtime
 
 EMBEDDED = "seedling-tiny (embedded)"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 FOLDERS = {"dit": "diffusion_models", "encoder": "text_encoders", "vae": "vae"}
-PRECISIONS: dict[str, torch.dtype | None] = {
+PRECISIONS: dict[str, Precision] = {
     "as stored": None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
-    "auto": None,
+    "auto": "auto",
 }
 PRECISION = (
-    "How exactly the weights are kept. auto, as stored: as in the file, quantized ones too, and "
-    "multiplied as this machine does it best, which the node tells. fp32: twice the memory of 16 "
-    "bits, for a CPU or to compare. bf16: half the memory of 32 bits."
+    "How exactly the weights are kept. as stored: as in the file, quantized ones too. auto: the "
+    "same, but plain numbers as this machine multiplies them fastest, which the node tells. fp32: "
+    "twice the memory of 16 bits, for a CPU or to compare. bf16: half the memory of 32 bits."
 )
 
 SAID = "as the file says"

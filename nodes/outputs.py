@@ -1,24 +1,31 @@
-"""Pictures that belong together."""
+"""Pictures that belong together.
+
+The node only plans. It unfolds into a node for each picture (`set_parts.py`), with core's own Save
+or Preview Image behind each: so the host itself saves, shows and remembers every picture when it is
+done, keeps them when the run is stopped, and makes only what is missing when it is queued again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+import json
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
-from ..sampling.pipeline import Picture
-from ..sampling.sets import MAX_SET, Failure, contact_sheet, in_turn, plan_set
-from .kept import cache_input, told, use
-from .prompt import conditioning, reading, shown
-from .references import Reference, ReferenceList, References, instruction
-from .runtime import runtime
-from .sampling import Settings, knobs, prepared, seed_input
+from ..sampling import SamplingError
+from ..sampling.sets import MAX_SET, SetPlan, plan_set
+from .kept import cache_input
+from .references import ReferenceList, References
+from .runtime import runtime, where
+from .sampling import knobs, seed_input
 
-SEEING = {"references only": "independent", "the pictures before it": "sequential"}
+SEEING = {
+    "references only": "independent",
+    "the pictures before it": "sequential",
+    "each other, all at once": "joint",
+}
 SEEDS = ["each its own", "the same"]
 
 
@@ -32,6 +39,9 @@ class SeedlingImageSet(io.ComfyNode):
             description="Paints several pictures that belong together: a prompt each, the same "
             "references for all.",
             search_aliases=["batch", "story", "sequence", "grid", "组图", "批量"],
+            hidden=[io.Hidden.dynprompt],
+            is_output_node=True,
+            enable_expand=True,
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiT."),
                 io.Clip.Input("clip", tooltip="From Load VLM Encoder."),
@@ -45,7 +55,8 @@ class SeedlingImageSet(io.ComfyNode):
                     options=[*SEEING],
                     default=[*SEEING][0],
                     tooltip="What each picture sees. The pictures before it: every finished one "
-                    "becomes a further reference, which keeps figures alike and takes longer.",
+                    "becomes a further reference, which keeps figures alike and takes longer. Each "
+                    "other: all are painted at once; your model has to know this.",
                 ),
                 io.Combo.Input(
                     "output",
@@ -65,6 +76,13 @@ class SeedlingImageSet(io.ComfyNode):
                 ),
                 *more_inputs(),
                 cache_input(),
+                io.String.Input(
+                    "save_as",
+                    default="set",
+                    optional=True,
+                    tooltip="Each picture is saved in the output folder under this name as soon as "
+                    "it is done. Empty: it is only shown; connect Save Image to images.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -78,31 +96,29 @@ class SeedlingImageSet(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, vae: Any, latent: dict[str, Any], **widgets: Any
-    ) -> io.NodeOutput:
-        output = widgets.pop("output")
-        named = ("seed", "steps", "guidance", "sampler")
-        settings = Settings(**{name: widgets.pop(name) for name in named})
-        here = runtime()
-        loaded = here.loaded(model)
-        use(loaded, widgets.pop("cache", "auto"))
-        earlier = widgets.pop("earlier", None)
-        done = [] if earlier is None else [picture[None] for picture in earlier]
-        failed: list[Failure] = []
-        for made in image_set(Parts(model, clip, vae), latent, settings, done, **widgets):
-            if isinstance(made, Failure):
-                failed.append(made)
-            else:
-                done.append(made.pixels[None])
-        if failed and len(done) == (0 if earlier is None else len(earlier)):
-            raise failed[0].error
-        text = "\n".join([f"{len(done)} pictures, seeds from {settings.seed}", *told_of(failed)])
-        if loaded is not None:
-            text += f"\n{told(loaded)}"
-        here.tell(text)
-        sheet = contact_sheet([picture[0] for picture in done])[None]
-        pictures = [torch.cat(alike(done))] if output == "batch" else done
-        return io.NodeOutput(pictures, sheet, ui=ui.PreviewText(text))
+        cls, latent: dict[str, Any], references: References | None = None,
+        earlier: Tensor | None = None, **widgets: Any,
+    ) -> io.NodeOutput:  # fmt: skip
+        plan = plan_set(
+            widgets["prompts"],
+            widgets["count"],
+            SEEING[widgets["seeing"]],
+            seed=widgets["seed"],
+            same_seed=widgets.get("seeds") == SEEDS[1],
+            references=len(references.items) if references else 0,
+            start=widgets.get("start", 1) - 1,
+        )
+        given = 0 if earlier is None else len(earlier)
+        if plan.sequential and given != plan.start:
+            raise SamplingError(
+                f"to go on with picture {plan.start + 1} of a set whose pictures see each other, "
+                f"the {plan.start} before it are needed; {given} were given."
+            )
+        node, call = where()
+        runtime().tell(f"{len(plan)} pictures, seeds from {widgets['seed']}")
+        inputs = cls.hidden.dynprompt.get_node(node)["inputs"]
+        nodes, end = unfolded(plan, inputs, widgets, f"{node}.{call}", call)
+        return io.NodeOutput([end, 0], [end, 1], expand=nodes)
 
 
 def prompt_inputs() -> list[Any]:
@@ -151,78 +167,57 @@ def more_inputs() -> list[Any]:
         io.Image.Input(
             "earlier",
             optional=True,
-            tooltip="The finished pictures before start, in order, as a batch. They come out again "
-            "in front; pictures that see those before them need them.",
+            tooltip="The finished pictures before start, in order, as a batch: those of another "
+            "day. They come out again in front; pictures that see those before them need them.",
         ),
     ]
 
 
-class Parts(NamedTuple):
-    model: Any
-    clip: Any
-    vae: Any
+Graph = dict[str, dict[str, Any]]
+WIRES = ("model", "clip", "vae", "latent", "references")
+SAME = ("negative", "steps", "guidance", "sampler", "cache")  # widgets that all pictures share
 
 
-def image_set(
-    parts: Parts, latent: dict[str, Any], settings: Settings, earlier: Sequence[Tensor] = (), *,
-    prompts: str, negative: str = "", references: References | None = None, **chosen: Any,
-) -> Iterator[Picture | Failure]:  # fmt: skip
-    """Each picture as it is done; picture k is what its own seed makes alone.
+def unfolded(
+    plan: SetPlan, inputs: Mapping[str, Any], widgets: Mapping[str, Any], name: str, call: int
+) -> tuple[Graph, str]:
+    """The nodes of a set in the order of their run, and the id of the one that has them all.
 
-    `chosen` are `count`, `seeing`, `seeds`, `start`. What cannot be made comes as a Failure;
-    cancelling is none, and comes through.
+    `inputs` are the set's own, with its wires; `name` is in front of every id. Wires, not values:
+    a host knows by them what it has made already. `call` says which item of wired lists is meant.
     """
-    here, (model, clip, vae) = runtime(), parts
-    plan = plan_set(
-        prompts,
-        chosen.get("count", 0),
-        SEEING[chosen.get("seeing", "references only")],
-        seed=settings.seed,
-        same_seed=chosen.get("seeds") == SEEDS[1],
-        references=len(references.items) if references else 0,
-        start=chosen.get("start", 1) - 1,
-    )
-    loaded = here.loaded(model)
-    side = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
-    one = {**latent, "samples": latent["samples"][:1]}
-    images, latents = shown(clip, vae, references)
-    how, count = reading(model), len(plan)
-    report = here.progress(count)
-    known = len(images)
-
-    def make(k: int, before: Sequence[Tensor]) -> Iterator[Picture]:
-        for picture in before[len(images) - known :]:  # only new ones are encoded
-            more = shown(clip, vae, References((Reference(picture),), side))
-            images.extend(more[0])
-            latents.extend(more[1])
-        text = instruction(plan.prompts[k], references)
-        conditions = (
-            conditioning(clip, text, images, latents, how),
-            conditioning(clip, negative, images, latents, how),
-        )
-        run, _ = prepared(model, conditions, one, replace(settings, seed=plan.seeds[k]))
-
-        def step(done: int, total: int, preview: Tensor | None) -> None:
-            report(k * total + done, count * total, preview)
-
-        pixels = here.decode(vae, here.sample(model, replace(run, report=step)))[0]
-        report(k + 1, count, pixels)
-        yield Picture(k, plan.seeds[k], pixels)
-
-    return in_turn(plan, make, [picture[0] for picture in earlier])
+    wires = {key: inputs[key] for key in WIRES if key in inputs}
+    same = {key: widgets[key] for key in SAME if key in widgets}
+    before = {"earlier": inputs["earlier"]} if "earlier" in inputs else {}
+    if plan.together:
+        members = json.dumps([[one.prompt, one.seed] for one in plan.together])
+        end = f"{name}.all"
+        own = {"members": members, "output": widgets["output"], "call": call}
+        picture = {"class_type": "SeedlingSetAtOnce", "inputs": wires | same | own}
+        save_as = str(widgets.get("save_as", "")).strip()
+        return {end: picture, f"{end}.shown": shown([end, 2], save_as)}, end
+    nodes: Graph = {}
+    done: dict[str, list[Any]] = {}  # the pictures so far: their places, and their wires
+    for k in range(plan.start, len(plan)):
+        own = {"prompt": plan.prompts[k], "seed": plan.seeds[k], "call": call}
+        own |= {"number": k + 1, "count": len(plan)}
+        seen = before | {f"before.{key}": wire for key, wire in done.items()}
+        picture = f"{name}.{k + 1}"
+        nodes[picture] = {
+            "class_type": "SeedlingSetPicture",
+            "inputs": wires | same | own | (seen if plan.sequential else {}),
+        }
+        done[f"picture_{k + 1}"] = [picture, 0]
+        nodes[f"{picture}.shown"] = shown([picture, 0], str(widgets.get("save_as", "")).strip())
+    together = {f"pictures.{key}": wire for key, wire in done.items()}
+    end = f"{name}.all"
+    more = {"output": widgets["output"], "call": call}
+    nodes[end] = {"class_type": "SeedlingSetPictures", "inputs": before | together | more}
+    return nodes, end
 
 
-def told_of(failed: Sequence[Failure]) -> list[str]:
-    """What failed, and how to go on."""
-    if not failed:
-        return []
-    first = failed[0].index + 1
-    rest = f"The others are kept: connect them to earlier and set start to {first} to go on."
-    return [*(failure.text for failure in failed), rest]
-
-
-def alike(pictures: list[Tensor]) -> list[Tensor]:
-    """With alpha, all of them, when one has it."""
-    channels = max(picture.shape[-1] for picture in pictures)
-    pad = torch.nn.functional.pad
-    return [pad(p, (0, channels - p.shape[-1]), value=1.0) for p in pictures]
+def shown(wire: list[Any], save_as: str) -> dict[str, Any]:
+    """Core's node that saves a picture, or that shows it when it has no name to be saved under."""
+    if not save_as:
+        return {"class_type": "PreviewImage", "inputs": {"images": wire}}
+    return {"class_type": "SaveImage", "inputs": {"images": wire, "filename_prefix": save_as}}

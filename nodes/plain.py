@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
+from ..model_loaders.load import Loaded, Precision, load_dit, load_encoder, load_vae
 from ..sampling import SamplingError
 from ..sampling.guidance import guided
 from ..sampling.pipeline import as_pixels, finished, known_ahead, rescaled
 from .kept import read, store_of
-from .runtime import Prefix, Report, Run, one_by_one
+from .runtime import Prefix, Report, Run, one_by_one, where
 
 LOADERS = {"dit": load_dit, "encoder": load_encoder, "vae": load_vae}
 
@@ -22,9 +22,7 @@ LOADERS = {"dit": load_dit, "encoder": load_encoder, "vae": load_vae}
 class Plain:
     """The runtime of the embedded host and of tests, on the CPU."""
 
-    def load(
-        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
-    ) -> Loaded:
+    def load(self, kind: str, path: str, dtype: Precision, variant: str | None = None) -> Loaded:
         chosen = {"variant": variant} if variant else {}
         return LOADERS[kind](path, dtype=dtype, **chosen)
 
@@ -105,4 +103,6 @@ class Plain:
         return report
 
     def tell(self, text: str) -> None:
-        """Nothing to do: the text is in the node's output too, and the host shows that."""
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, where()[0])

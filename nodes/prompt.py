@@ -79,7 +79,7 @@ class SeedlingEncodeInstruction(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         start = time.perf_counter()
         images, latents = shown(clip, vae, references)
-        how = reading(model)
+        how = reading(model, clip, references)
         positive = conditioning(clip, instruction(prompt, references), images, latents, how)
         other = conditioning(clip, negative, images, latents, how)
         here = runtime()
@@ -89,10 +89,16 @@ class SeedlingEncodeInstruction(io.ComfyNode):
         return io.NodeOutput(positive, other, ui=ui.PreviewText(text))
 
 
-def reading(model: Any) -> Mapping[str, Any]:
-    """The arguments with which the encoder reads for this model."""
+def reading(
+    model: Any, clip: Any = None, references: References | None = None
+) -> Mapping[str, Any]:
+    """The arguments with which the encoder reads these references for this model."""
     loaded = runtime().loaded(model) if model is not None else None
-    return loaded.family.reading(loaded) if loaded and loaded.family.reading else {}
+    how = dict(loaded.family.reading(loaded)) if loaded and loaded.family.reading else {}
+    encoder = runtime().loaded(clip) if clip is not None else None
+    if references and references.vlm_sides and encoder and encoder.family.own_size:
+        how |= encoder.family.own_size.how(references.vlm_sides)
+    return how
 
 
 def shown(clip: Any, vae: Any, references: References | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,8 +116,15 @@ def shown(clip: Any, vae: Any, references: References | None) -> tuple[list[Tens
     images = references.sized(loaded.family)
     encode = partial(here.encode, vae)
     latents = [encoded(here.loaded(vae), image, encode) for image in images]
-    given = [item.image for item in references.items]
-    return given if loaded.family.encoder_resizes else images, latents
+    given, sides = [item.image for item in references.items], references.vlm_sides
+    seen = given if loaded.family.encoder_resizes else images
+    if sides and loaded.family.own_size is None:
+        raise SamplingError(
+            f"the text encoder of {loaded.family.title} does not look at references; leave out the "
+            "size in which it would see them (vlm_size)."
+        )
+    own = loaded.family.own_size
+    return own.show(given, seen, sides) if sides and own else seen, latents
 
 
 def conditioning(
@@ -126,6 +139,8 @@ def conditioning(
             "with a model of its own family."
         )
     hidden, slots = here.read(clip, prompt, list(images), how)
+    if loaded.family.own_size:
+        hidden, slots = loaded.family.own_size.fit(hidden, slots, latents)
     extra = {"pooled_output": None, "slots": slots, "reference_latents": list(latents)}
     extra["latents_per_token"] = loaded.family.latents_per_token
     return [[hidden, extra]]

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..model_loaders.load import Loaded
 from ..model_loaders.pictures import read_16_bit
 from ..sampling import SamplingError
 from ..sampling.composite import Edit
-from ..sampling.cost import Cost, costs
+from ..sampling.cost import Cost, costs, vlm_tokens
 from ..sampling.pipeline import with_margin
+from ..sampling.task import MAX_VLM
 from .runtime import runtime
 
 MAX_REFERENCES = 14
@@ -32,12 +34,14 @@ class Reference:
     """`image` (H, W, 3 or 4) in 0..1; `name` and `role` are for the prompt.
 
     It is brought to the area of a square of `side` pixels: 0 keeps its own, None is as the list is.
+    The text encoder sees it in that of `vlm_side`, 0 being as ever.
     """
 
     image: Tensor
     name: str = ""
     role: str = ""
     side: int | None = None
+    vlm_side: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class References:
         ]
 
     @property
+    def vlm_sides(self) -> list[int]:
+        """Nothing where none has a size of its own for the text encoder."""
+        sides = [item.vlm_side for item in self.items]
+        return sides if any(sides) else []
+
+    @property
     def sides(self) -> list[int]:
         return [self.side if item.side is None else item.side for item in self.items]
 
@@ -74,7 +84,8 @@ class References:
 class Entry:
     """A line of the list: a connected picture (`image_2`) or a file of the input folder.
 
-    So is `mask`. `side` is of the square whose area it is brought to, None as the list's.
+    So is `mask`: "" is that of the input's number, "none" is none. `side` is of the square whose
+    area it is brought to, None as the list's.
     """
 
     source: str
@@ -84,6 +95,7 @@ class Entry:
     on: bool = True
     side: int | None = None
     mask: str = ""
+    vlm_side: int = 0
 
 
 class SeedlingReferences(io.ComfyNode):
@@ -125,7 +137,7 @@ class SeedlingReferences(io.ComfyNode):
                     tooltip="Order and settings as a JSON list. Empty: all connected pictures in "
                     'their order. Example: ["cat.png", {"image": "image_1", "name": "hat", "role": '
                     '"style", "strength": 0.5, "size": "own", "on": false}], cat.png being in the '
-                    "input folder.",
+                    'input folder. "vlm_size": 384 is the size in which the text encoder sees it.',
                 ),
                 io.Model.Input(
                     "model",
@@ -160,7 +172,7 @@ class SeedlingReferences(io.ComfyNode):
         if side is None:
             side = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
         found = References(gather(parse(strip), images or {}, masks or {}), side)
-        text = listing(found, costs_of(found, model))
+        text = listing(found, costs_of(found, model), loaded)
         runtime().tell(text)
         return io.NodeOutput(found, ui=ui.PreviewText(text))
 
@@ -205,18 +217,20 @@ def entry(value: Any, number: int) -> Entry:
         on=bool(value.get("on", True)),
         side=side_of(value.get("size", "model"), number),
         mask=str(value.get("mask", "")).strip(),
+        vlm_side=side_of(value.get("vlm_size", "model"), number, "vlm_size") or 0,
     )
 
 
-def side_of(value: Any, number: int) -> int | None:
-    """The side in pixels that a reference's own size means."""
-    if isinstance(value, str) and value in SIZES:
-        return SIZES[value]
-    if isinstance(value, int) and not isinstance(value, bool) and 32 <= value <= MAX_SIDE:
+def side_of(value: Any, number: int, key: str = "size") -> int | None:
+    """The side in pixels that a reference's own size means, for the model or its text encoder."""
+    names, top = (SIZES, MAX_SIDE) if key == "size" else ({"model": 0}, MAX_VLM)
+    if isinstance(value, str) and value in names:
+        return names[value]
+    if isinstance(value, int) and not isinstance(value, bool) and 32 <= value <= top:
         return value
     raise SamplingError(
-        f"the size of reference {number} is {value}; give one of {', '.join(SIZES)}, or a number "
-        f"of pixels from 32 to {MAX_SIDE}, the side of a square of its area."
+        f"the {key} of reference {number} is {value}; give one of {', '.join(names)}, or a number "
+        f"of pixels from 32 to {top}, the side of a square of its area."
     )
 
 
@@ -241,7 +255,7 @@ def gather(
         mask = mask_of(item, masks)
         for picture in batch:
             seen = faded(picture, mask, item.strength)
-            found.append(Reference(seen, item.name, item.role, item.side))
+            found.append(Reference(seen, item.name, item.role, item.side, item.vlm_side))
     if len(found) > MAX_REFERENCES:
         raise SamplingError(
             f"{len(found)} references are on; the model takes at most {MAX_REFERENCES}. Turn some "
@@ -251,7 +265,9 @@ def gather(
 
 
 def mask_of(item: Entry, masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask (1, h, w) of an entry: the one that it names, else that of its input."""
+    """The mask (1, h, w) of an entry: the one that it names, else that of its input; "none"."""
+    if item.mask == "none":
+        return None
     if not item.mask:
         return masks.get(item.source.replace("image", "mask"))
     if not re.fullmatch(r"mask_[0-9]+", item.mask):
@@ -325,7 +341,7 @@ def fingerprint(strip: str) -> str:
     """Changes when a file of the list does; what is wrong with the list is said when it runs."""
     try:
         named = [name for e in parse(strip) for name in (e.source, e.mask) if name]
-        files = [name for name in named if not re.fullmatch(r"(image|mask)_[0-9]+", name)]
+        files = [name for name in named if not re.fullmatch(r"(image|mask)_[0-9]+|none", name)]
         stats = [(name, path_of(name).stat()) for name in files]
     except (SamplingError, OSError):
         return strip
@@ -355,7 +371,7 @@ def costs_of(references: References, model: Any) -> list[Cost]:
     return costs(loaded.module, sizes, loaded.family.pixels_per_token, kept, device, dtype)
 
 
-def listing(references: References, each: Sequence[Cost] = ()) -> str:
+def listing(references: References, each: Sequence[Cost] = (), loaded: Loaded | None = None) -> str:
     """A line for each reference, and what all of them cost together."""
     if not references.items:
         return "no references"
@@ -367,6 +383,11 @@ def listing(references: References, each: Sequence[Cost] = ()) -> str:
     ]
     if each:
         lines = [f"{line}: {cost.text()}" for line, cost in zip(lines, each, strict=True)]
+    if loaded and references.vlm_sides and loaded.family.own_size:
+        given, sizes = [item.image for item in references.items], references.sizes(loaded.family)
+        seen = vlm_tokens(loaded.family, given, sizes, references.vlm_sides)
+        pairs = zip(lines, seen, strict=True)
+        lines = [f"{line}; {tokens} tokens of the text encoder" for line, tokens in pairs]
     if len(each) > 1:
         total = Cost(*(sum(values) for values in zip(*map(astuple, each), strict=True)))
         lines.append(f"together {total.text()}")

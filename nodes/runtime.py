@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..model_loaders.load import Loaded
+from ..model_loaders.load import Loaded, Precision
 from ..sampling import SamplingError
 from ..sampling.composite import free_of, locked
 from ..sampling.detail import Window, windowed
@@ -31,6 +31,7 @@ class Run:
     `latents` (B, C, h, w) are what sampling starts from, zeros for a new picture; image k has the
     noise of `seed` + k. `mask` (B, H, W), 1 where something may change. `window`: size and overlap
     (height, width) in latents of the windows that the model is asked in, None for all at once.
+    `seeds`, one for each of the latents: they are painted at once and see each other.
     """
 
     positive: Conditioning
@@ -42,15 +43,14 @@ class Run:
     sampler: str = "euler"
     mask: Tensor | None = None
     window: tuple[Window, Window] | None = None
+    seeds: tuple[int, ...] = ()
     report: Report = field(default=lambda done, total, preview: None)
 
 
 class Runtime(Protocol):
     """A place where nodes run. Pictures are (H, W, 3 or 4) in 0..1, latents (B, C, h, w)."""
 
-    def load(
-        self, kind: str, path: str, dtype: torch.dtype | None, variant: str | None = None
-    ) -> Any:
+    def load(self, kind: str, path: str, dtype: Precision, variant: str | None = None) -> Any:
         """The MODEL ("dit", of this variant of its family), CLIP ("encoder") or VAE ("vae")."""
         ...
 
@@ -100,12 +100,25 @@ def runtime() -> Runtime:
     return Plain()
 
 
+def where() -> tuple[str, int]:
+    """The id of the running node, and the number of the call where lists are wired to it.
+
+    "" outside a run.
+    """
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return (context.node_id, context.list_index or 0) if context else ("", 0)
+
+
 def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -> Tensor:
     """Sample each image of a batch alone, as the command line does it: the same bits.
 
     `model` is the velocity as a function of x (1, C, h, w) and sigma, on the device of `latents`.
     """
     count, done = len(latents), []
+    if run.seeds:
+        return at_once(model, run, latents, loaded)
     if loaded is not None and loaded.family.frames and loaded.family.frames(loaded, count) > 1:
         return together(model, run, latents, loaded)
     for k, start in enumerate(latents):
@@ -120,6 +133,24 @@ def one_by_one(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -
             run.report(k * state.total + state.step, count * state.total, preview)
         done.append(x)
     return torch.cat(done)
+
+
+def at_once(model: Model, run: Run, latents: Tensor, loaded: Loaded | None) -> Tensor:
+    """Pictures that see each other: the whole batch in every step."""
+    if run.mask is not None or run.window is not None:
+        raise SamplingError(
+            "pictures that are painted at once are painted whole; connect a latent without a mask."
+        )
+    x = add_noise(latents, seeded_noise(run, latents.device), run.sigmas[0])
+    for state in sampler(run.sampler)(model, x, run.sigmas):
+        x = state.x
+        run.report(state.step, state.total, preview_of(loaded, state.denoised[:1]))
+    return x
+
+
+def seeded_noise(run: Run, device: Any) -> Tensor:
+    """The noise of each of `run.seeds`."""
+    return torch.stack([noise(seed, 0, run.latents.shape[1:], device) for seed in run.seeds])
 
 
 def together(model: Model, run: Run, latents: Tensor, loaded: Loaded) -> Tensor:
@@ -160,17 +191,28 @@ class Prefix:
                 f"{len(self.slots)}; use it as Encode Instruction gives it, without concatenating."
             )
         self.room = extra.get("room", room)  # less, where the target is painted in windows
+        # Of pictures that are painted at once; where several read the same, it is one.
+        members = list(extra.get("members", ()))
+        unlike = {id(one): Prefix(one, room) for one in members}
+        self.members = [unlike[id(one)] for one in members]
         self.store: Any = None  # a PrefixStore, where nothing stands between us and the network
         self._computed: Any = None
 
     @property
     def tokens(self) -> int:
         """Latent tokens of the references, and tokens of the text."""
+        if self.members:
+            return sum(member.tokens for member in self.members)
         pictures = sum(x.shape[-2] * x.shape[-1] for x in self.references)
         return pictures // self.latents_per_token + int((~self.slots).sum())
 
     def of(self, dit: Any, device: Any, dtype: torch.dtype) -> Any:
         """The prefix in the form that `dit` takes."""
+        if self._computed is None and self.members:
+            for member in self.members:
+                member.store = self.store
+            each = [member.of(dit, device, dtype) for member in self.members]
+            self._computed = dit.joint(each, range(len(each)))
         if self._computed is None:
             # Any conditioning may say how strong; only some networks read it.
             read = self.guidance is not None and getattr(dit.config, "guided", False)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model_loaders.family import Family
+
 PROBE = 1e9  # multiplications and additions that are timed: a few milliseconds
 SHARE = 0.6  # of a plain product's speed that a network reaches, about
 
@@ -51,6 +53,22 @@ def costs(
         held = 2 * layers * dim * dtype.itemsize * count if kept else 0
         found.append(Cost(count, held, work / pace))
     return found
+
+
+def vlm_tokens(
+    family: Family, given: Sequence[Tensor], shown: Sequence[tuple[int, int]],
+    sides: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
+    """Tokens that a text encoder reads of references that it sees in sizes of their own.
+
+    `given` (H, W, C) as they are, `shown` (width, height) as the diffusion model reads them.
+    """
+    own, found = family.own_size, []
+    for image, (width, height), side in zip(given, shown, sides, strict=False):
+        if side or family.encoder_resizes:
+            height, width = image.shape[:2]
+        found.append(own.tokens(width, height, side) if own else 0)
+    return tuple(found)
 
 
 @torch.no_grad()

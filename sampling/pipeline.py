@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,79 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_loaders.family import Schedule
 from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
 from ..model_loaders.lora import Lora, load_lora
 from ..quant.lora import Adapters
 from . import SamplingError
+from .cost import vlm_tokens
 from .guidance import guided
 from .noise import image_seed, noise
 from .prefix_store import PrefixStore
-from .samplers import State, sampler, steps_of
-from .schedules import sigmas_for
+from .samplers import sampler
 from .sizes import grid
+from .task import Picture, Plan, Progress, Task, check, sigmas_of
 
 OPAQUE_ALPHA, OPAQUE_SHARE = 0.9, 0.999  # a picture this opaque, nearly everywhere, has no alpha
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to make. None means: as the checkpoint likes it.
-
-    `references` are pictures (H, W, 3 or 4) in 0..1, "image 1", "image 2", ... in the prompt;
-    `size` is (width, height) in pixels, by default that of the first reference; `resolution` is the
-    side of the square whose area references are brought to, 0 keeps each as large as it is.
-    `sigmas` fall to 0 and go without `steps`. Image k of `count` is the image that `seed` + k makes
-    alone. `layers` is how many a model paints that takes a picture apart.
-    """
-
-    prompt: str
-    references: tuple[Tensor, ...] = ()
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str = ""
-    seed: int = 0
-    count: int = 1
-    sampler: str = "euler"
-    sigmas: tuple[float, ...] | None = None
-    resolution: int | None = None
-    layers: int = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a task comes to, before anything is computed."""
-
-    size: tuple[int, int]  # of the pictures, in pixels
-    padded: tuple[int, int]  # that the model makes; cropped to `size` at the right and the bottom
-    references: tuple[tuple[int, int], ...]  # sizes that the references are brought to
-    sigmas: tuple[float, ...]
-    schedule: str
-    reason: str
-    guidance: float
-    tokens: int  # of the target
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A step of image `image` (0-based) is done."""
-
-    image: int
-    state: State
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished picture (H, W, 3 or 4) in 0..1 on the CPU; `seed` makes it again alone.
-
-    `layer` counts those that were painted together, the undermost first.
-    """
-
-    index: int
-    seed: int
-    pixels: Tensor
-    layer: int = 0
 
 
 class Pipeline:
@@ -129,16 +68,21 @@ class Pipeline:
         loras: Sequence[tuple[Path | str, float]] = (),
         store: PrefixStore | None = None,
         variant: str | None = None,
+        vram: int | None = None,
     ) -> Pipeline:
         """From three files; a folder of a whole diffusers pipeline serves as any of them.
 
-        `loras` as for `set_loras`, `variant` as for `load_dit`.
+        `loras` as for `set_loras`, `variant` as for `load_dit`. `vram`: bytes of weights that may
+        lie on `device`; the encoder, which works once for a prompt, then gets the least that it can
+        run with, and the DiT what it and the VAE leave.
         """
+        one, left = None if vram is None else 0, vram
+        words = load_encoder(encoder, device=device, tokenizer_paths=tokenizer_paths, vram=one)
+        pixels = load_vae(vae, device=device)
+        if left is not None:
+            left = max(left - words.resident - pixels.resident, 1)
         pipeline = cls(
-            load_dit(dit, device=device, variant=variant),
-            load_vae(vae, device=device),
-            load_encoder(encoder, device=device, tokenizer_paths=tokenizer_paths),
-            store,
+            load_dit(dit, device=device, variant=variant, vram=left), pixels, words, store
         )
         pipeline.set_loras(loras)
         return pipeline
@@ -176,6 +120,11 @@ class Pipeline:
         check(task)
         if self.family.accepts is not None:
             self.family.accepts(self.dit, len(task.references))
+        if task.together and not hasattr(self.dit.module, "joint"):
+            raise SamplingError(
+                f"{self.family.title} cannot paint pictures at once that see each other (joint); "
+                "choose sequential, where each sees those before it, or independent."
+            )
         schedule = self.dit.schedule
         assert schedule is not None
         side = self.dit.checkpoint.config.get("resolution", 1024)
@@ -184,6 +133,12 @@ class Pipeline:
             self.family.reference_size(r.shape[1], r.shape[0], resolution**2)
             for r in task.references
         )
+        seen = task.vlm_sides if any(task.vlm_sides) else ()
+        if seen and self.family.own_size is None:
+            raise SamplingError(
+                f"the text encoder of {self.family.title} does not look at references; leave out "
+                "the resolution in which it would see them."
+            )
         width, height = task.size or (shown[0] if shown else (side, side))
         if shown and task.size is None and self._keeps(resolution):
             height, width = task.references[0].shape[:2]
@@ -199,6 +154,7 @@ class Pipeline:
             reason="the sigmas were given" if given else schedule.reason,
             guidance=schedule.guidance if task.guidance is None else task.guidance,
             tokens=tokens,
+            vlm_tokens=vlm_tokens(self.family, task.references, shown, seen),
         )
 
     @torch.no_grad()
@@ -217,15 +173,19 @@ class Pipeline:
         family, factor = self.family, self.family.pixels_per_latent
         frames = family.frames(self.dit, task.layers) if family.frames else 1
         shape = (frames, family.channels(self.dit), height // factor, width // factor)
-        for index in range(task.count):
-            x = noise(task.seed, index, shape, self.device) * plan.sigmas[0]
+        for index in range(1 if task.together else task.count):
+            own = [noise(one.seed, 0, shape, self.device) for one in task.together]
+            x = torch.cat(own or [noise(task.seed, index, shape, self.device)]) * plan.sigmas[0]
             for state in sampler(task.sampler)(model, x, plan.sigmas):
                 x = state.x
                 yield Progress(index, state)
-            for layer, latents in enumerate(x[min(frames - 1, 1) :]):
+            for row, latents in enumerate(x[min(frames - 1, 1) :]):
                 pixels = self.vae.module.decode(latents[None].to(self._dtype(self.vae)))
                 image = finished(pixels, plan.size, keep_alpha=frames > 1)
-                yield Picture(index, image_seed(task.seed, index), image, layer)
+                if task.together:
+                    yield Picture(row, task.together[row].seed, image)
+                else:
+                    yield Picture(index, image_seed(task.seed, index), image, row)
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +217,10 @@ class Pipeline:
             self.store.recall("latents", vae.module, (image, dtype), partial(encode, image))
             for image in images
         ]
-        return given if self.family.encoder_resizes else images, latents
+        images = given if self.family.encoder_resizes else images
+        if any(task.vlm_sides) and self.family.own_size:
+            images = self.family.own_size.show(given, images, task.vlm_sides)
+        return images, latents
 
     def _model(self, task: Task, plan: Plan) -> Any:
         """The velocity as a function of x and sigma, everything that no step changes computed."""
@@ -269,12 +232,19 @@ class Pipeline:
         read: dict[str, float] = {}
         if schedule is not None and schedule.embedded_guidance:
             read["guidance"] = plan.guidance
-        prompts = [task.prompt, task.negative][: 1 if read or plan.guidance == 1 else 2]
-        settings = {"room": plan.tokens, "dtype": dtype, "store": self.store, **read}
-        prefixes = [
-            self.family.prefix(dit, self.encoder.module, text, images, latents, **settings)
-            for text in prompts
-        ]
+        own = [one.prompt for one in task.together] or [task.prompt]
+        prompts = [own, [task.negative]][: 1 if read or plan.guidance == 1 else 2]
+        how = self.family.own_size.how(task.vlm_sides) if self.family.own_size else {}
+        settings = {"room": plan.tokens, "dtype": dtype, "store": self.store, **read, **how}
+        prefixes = []
+        for texts in prompts:
+            found = [
+                self.family.prefix(dit, self.encoder.module, text, images, latents, **settings)
+                for text in texts
+            ]
+            places = [one.place for one in task.together]
+            each = found if len(found) > 1 else found * len(places)
+            prefixes.append(dit.joint(each, places) if places else found[0])
 
         ahead = known_ahead(self.dit, plan.sigmas, dtype)
         rescale = rescaled(self.dit)
@@ -307,48 +277,6 @@ def rescaled(dit: Loaded | None) -> int:
     if dit is None or dit.schedule is None or not dit.schedule.norm_rescale:
         return 0
     return dit.family.pixels_per_token // dit.family.pixels_per_latent
-
-
-def check(task: Task) -> None:
-    """Raise SamplingError for what no model can do."""
-    if task.count < 1:
-        raise SamplingError(f"at least one picture must be made, {task.count} were asked for.")
-    if task.layers < 1:
-        raise SamplingError(f"at least one layer must be painted, {task.layers} were asked for.")
-    if task.resolution is not None and task.resolution < 0:
-        raise SamplingError(
-            f"the references' resolution is {task.resolution}; give a side in pixels, or 0 to keep "
-            "each as large as it is."
-        )
-    image_seed(task.seed, 0)
-    sampler(task.sampler)
-    for number, image in enumerate(task.references, start=1):
-        if image.ndim != 3 or image.shape[-1] not in (3, 4) or not image.is_floating_point():
-            given = (
-                f"{' x '.join(map(str, image.shape))}, {str(image.dtype).removeprefix('torch.')}"
-            )
-            raise SamplingError(
-                f"reference {number} is {given}; give height x width x 3 or 4 channels, as floats "
-                "in 0..1."
-            )
-
-
-def sigmas_of(task: Task, schedule: Schedule, tokens: int) -> tuple[float, ...]:
-    """The sigmas that were given, if they lead to a picture; else those of the schedule."""
-    if task.sigmas is None:
-        return tuple(sigmas_for(schedule, task.steps, tokens).tolist())
-    sigmas = tuple(map(float, task.sigmas))
-    steps = len(steps_of(sigmas))
-    if steps < 1 or sigmas[-1] != 0:
-        raise SamplingError(
-            f"the sigmas must end at 0, the finished picture, after at least one step; got "
-            f"{', '.join(f'{sigma:.4g}' for sigma in sigmas) or 'none'}."
-        )
-    if task.steps not in (None, steps):
-        raise SamplingError(
-            f"{task.steps} steps were asked for, but sigmas for {steps} were given; leave out one."
-        )
-    return sigmas
 
 
 def as_pixels(image: Tensor, dtype: torch.dtype, channels: int = 4) -> Tensor:

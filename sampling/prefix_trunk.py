@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -228,6 +229,13 @@ class TrunkKeys(KeptKeys):
     @property
     def bytes(self) -> int:
         return sum(block.bytes for block in self.blocks)
+
+    def common(self, other: KeptKeys) -> int:
+        if not isinstance(other, TrunkKeys) or other.trunk is not self.trunk:
+            return 0
+        pairs = zip(self.blocks, other.blocks, strict=False)
+        same = list(takewhile(lambda pair: pair[0] is pair[1], pairs))
+        return same[-1][0].end if same else 0
 
     def reserve(self, tokens: int) -> None:
         self.trunk.lay(self.blocks, tokens)

@@ -2,7 +2,8 @@
 
 Every picture has a prompt of its own and sees the same references. *independent*: nothing else.
 *sequential*: also every finished picture before it, as a further reference, whose block the prefix
-store appends to what it has. A picture that fails does not take the finished ones with it.
+store appends to what it has. *joint*: all are painted at once and each sees all others, as far as
+they are. A picture that fails does not take the finished ones with it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 from . import SamplingError
 from .noise import image_seed
 from .pipeline import Picture, Pipeline, Progress, Task
+from .task import Member
 
-MAX_PICTURES = 15  # references and pictures together, where each one sees those before it
+MAX_PICTURES = 15  # references and pictures together, where pictures see each other
 MAX_SET = 64
-SEEING = ("independent", "sequential")
+SEEING = ("independent", "sequential", "joint")
 FAILURES = (RuntimeError, ValueError, MemoryError)  # cancelling is none of these
 
 # "1. ", "2) ", "(3) ", "4: ", "5、", "Panel 6: ", "picture 7 - ", "图8：", at the start of a line.
@@ -50,11 +52,23 @@ class SetPlan:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    sequential: bool = False
+    seeing: str = SEEING[0]
     start: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def sequential(self) -> bool:
+        return self.seeing == "sequential"
+
+    @property
+    def together(self) -> tuple[Member, ...]:
+        """All of them, when they are painted at once."""
+        if self.seeing != "joint":
+            return ()
+        pairs = zip(self.prompts, self.seeds, strict=True)
+        return tuple(Member(prompt, seed, place) for place, (prompt, seed) in enumerate(pairs))
 
 
 @dataclass(frozen=True)
@@ -117,10 +131,10 @@ def plan_set(
             f"pictures of a set cannot be painted '{seeing}' by this model; choose one of: "
             f"{', '.join(SEEING)}."
         )
-    count, sequential = count or count_of(text), seeing == "sequential"
+    count = count or count_of(text)
     if not 1 <= count <= MAX_SET:
         raise SamplingError(f"a set has 1 to {MAX_SET} pictures, {count} were asked for.")
-    if sequential and count + references > MAX_PICTURES:
+    if seeing != SEEING[0] and count + references > MAX_PICTURES:
         raise SamplingError(
             f"{references} references and {count} pictures that see each other are more than "
             f"{MAX_PICTURES}; make fewer, or let them see the references only."
@@ -130,10 +144,15 @@ def plan_set(
             f"the set has {count} pictures and cannot begin with picture {start + 1}; choose one "
             f"of 1 to {count}."
         )
+    if seeing == "joint" and start:
+        raise SamplingError(
+            "pictures that are painted at once cannot go on from finished ones; paint all of them, "
+            "or choose sequential."
+        )
     return SetPlan(
         prompts=tuple(prompts[k % len(prompts)] for k in range(count)),
         seeds=tuple(image_seed(seed, 0 if same_seed else k) for k in range(count)),
-        sequential=sequential,
+        seeing=seeing,
         start=start,
     )
 
@@ -171,6 +190,10 @@ def run_set(
 ) -> Iterator[Progress | Picture | Failure]:
     """Make a set like `task`, whose prompt and seed are those of `plan`."""
     size = pipeline.plan(task).size  # of all: later ones see pictures of other shapes
+    if plan.together:
+        at_once = replace(task, together=plan.together, size=size)
+        pipeline.plan(at_once)  # what cannot be is refused here, and is no failure of a picture
+        return _at_once(pipeline, at_once)
 
     def make(k: int, before: Sequence[Tensor]) -> Iterator[Progress | Picture]:
         one = replace(
@@ -184,6 +207,16 @@ def run_set(
                 yield replace(event, index=k)
 
     return in_turn(plan, make, earlier)
+
+
+def _at_once(pipeline: Pipeline, task: Task) -> Iterator[Progress | Picture | Failure]:
+    done = 0
+    try:
+        for event in pipeline.run(task):
+            done += isinstance(event, Picture)
+            yield event
+    except FAILURES as error:
+        yield Failure(done, error)
 
 
 def contact_sheet(pictures: Sequence[Tensor], side: int = 512, gap: int = 8) -> Tensor:

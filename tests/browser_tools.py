@@ -96,8 +96,8 @@ def complaints(page: Any) -> list[str]:
 def visit(page: Any, address: str) -> None:
     """Open the address and wait until the page can be used."""
     page.goto(address, wait_until="domcontentloaded", timeout=SLOW)
-    known = "window.LiteGraph && 'TestNoise' in window.LiteGraph.registered_node_types"
-    page.wait_for_function(f"{known} && window.app.vueAppReady", timeout=SLOW)
+    known = "window.LiteGraph && 'SeedlingReferences' in window.LiteGraph.registered_node_types"
+    page.wait_for_function(f"{known} && window.app?.vueAppReady", timeout=SLOW)
     page.get_by_test_id("queue-button").wait_for(timeout=SLOW)
     # Behind it a first visit's template is still being opened.
     page.wait_for_function("!document.getElementById('splash-loader')", timeout=SLOW)

@@ -23,11 +23,16 @@ TINY = {
     "flux2_step": ["--tiny"],
     "host_work": ["--tiny"],
     "post_latency": ["--tiny"],
+    "quantized_linear": ["--tiny"],
+    "quantized_memory": ["--tiny", "--formats", "int8_tensorwise"],
     "quantized_pictures": ["--tiny"],
     "quantized_step": ["--tiny"],
     "prefix_store": ["--tiny"],
     "qwen_image_step": ["--tiny"],
+    "streaming_step": ["--tiny"],
+    "whole_call": ["--tiny"],
     "vae_decode": ["--width", "8", "--side", "64", "--runs", "2"],
+    "vae_strips": ["--tiny"],
 }
 LONG = {"quantized_pictures"}  # a minute: it quantizes a model in every way
 
@@ -57,7 +62,14 @@ def test_a_tiny_run_prints_its_table(name: str, monkeypatch, capsys) -> None:
 
 def test_every_benchmark_is_here(root) -> None:
     commands = {f.stem for f in (root / "benchmarks").glob("[!_]*.py")} - {"protocol"}
-    assert commands == set(TINY)
+    assert commands == {*TINY, "comfyui_step"}  # which tests/comfy runs
+
+
+def test_a_comparison_with_comfyui_says_that_it_needs_one(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["comfyui_step"])
+    importlib.import_module("seedling.benchmarks.comfyui_step").main()
+    assert "set COMFYUI_DIR to a checkout" in capsys.readouterr().out
 
 
 def test_outputs_that_disagree_end_the_run() -> None:

@@ -236,6 +236,8 @@ def test_alpha_is_kept(tiny: ModuleType, tmp_path: Path) -> None:
         ("x --out cut.png/sub", "cut.png is no folder"),
         ("x --device nonsense", "--device nonsense cannot be used here"),
         ("x --device meta", "--device meta cannot be used here"),
+        ("x --vram lots", "write auto, all, or a size such as 6GB"),
+        ("x --vram 6GB --device cpu", "--vram 6GB is for an NVIDIA card"),
         ("x --dit none.safetensors", "--dit none.safetensors is no file"),
         ("x --dit a.safetensors", "a.safetensors is a Git LFS pointer"),
         ("x --dit a.safetensors --vae a.safetensors --encoder a.safetensors", "a.safetensors"),

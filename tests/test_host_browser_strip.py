@@ -216,6 +216,32 @@ def test_the_list_follows_its_links(strip: Any, hands: Any) -> None:
 
 
 @MODES
+def test_masks_stay_with_their_pictures(strip: Any, hands: Any) -> None:
+    """Whatever is unplugged and moves up: the mask of image 2 is that of the same picture."""
+    strip.evaluate(f"""() => {{
+        const slot = name => {REFERENCES}.inputs.findIndex(input => input.name === name);
+        app.graph.getNodeById(1).connect(1, {REFERENCES}, slot('masks.mask_1'));
+        app.graph.getNodeById(2).connect(1, {REFERENCES}, slot('masks.mask_2'));
+    }}""")
+    masks = f"{REFERENCES}.inputs.filter(i => i.name.startsWith('masks.') && i.link != null)"
+    strip.wait_for_function(f"{masks}.length === 2", timeout=hands.SLOW)
+    strip.wait_for_timeout(700)
+    assert listed(strip) == []
+    strip.evaluate(f"{REFERENCES}.disconnectInput(0)")  # image_1 goes, its mask stays wired
+    wait_for(strip, hands, "image 1: image-2.png", "image 2: photo.png")
+    kept = [{"image": "image_1", "mask": "mask_2"}, {"image": "image_2", "mask": "none"}]
+    text = json.dumps(kept, separators=(",", ":"))
+    strip.wait_for_function(f"text => {LIST} === text", arg=text, timeout=hands.SLOW)
+    strip.evaluate(f"""() => {{
+        const slot = {REFERENCES}.inputs.findIndex(input => input.name === 'masks.mask_1');
+        {REFERENCES}.disconnectInput(slot);
+    }}""")
+    # mask_2 moves up to mask_1, which is the number of its picture: nothing is to be written.
+    strip.wait_for_function(f"{LIST} === ''", timeout=hands.SLOW)
+    assert queued(strip)["masks.mask_1"] == ["2", 1]
+
+
+@MODES
 def test_saving_and_copying_keep_the_list(strip: Any, hands: Any) -> None:
     strip.locator(TILES).nth(0).focus()
     strip.keyboard.press("Shift+End")

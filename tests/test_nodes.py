@@ -38,7 +38,7 @@ def pack(
         (assets / "text_encoders" / "seedling-tiny.tokenizer.json").symlink_to(tiny_model.tokenizer)
         loaders: Any = importlib.import_module("seedling.nodes.loaders")
         real, loaders.ASSETS = loaders.ASSETS, assets
-        nodes.input_folder = inputs
+        nodes.input_folder, nodes.tools = inputs, node_tools
         yield nodes
         loaders.ASSETS = real
 
@@ -50,8 +50,10 @@ def listed(pack: Any) -> list[Any]:
 
 def call(pack: Any, name: str, **inputs: Any) -> tuple[Any, ...]:
     """What a node returns."""
-    node = next(n for n in listed(pack) if n.define_schema().node_id == name)
-    return node.execute(**inputs).args
+    known = {node.__name__: node for node in listed(pack)}
+    if known[name].define_schema().enable_expand:
+        return pack.tools.together(known, name, **inputs)[0]
+    return known[name].execute(**inputs).args
 
 
 def wire(info: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def test_every_input_and_output_explains_itself(pack: Any) -> None:
     for node in listed(pack):
         schema = node.define_schema()
         assert schema.node_id.startswith("Seedling") and schema.description, schema.node_id
-        assert schema.search_aliases and schema.category.startswith("Seedling")
+        assert schema.search_aliases or schema.is_dev_only
+        assert schema.category.startswith("Seedling")
         for item in (*schema.inputs, *schema.outputs):
             assert item.tooltip and len(item.tooltip) > 10, f"{schema.node_id}.{item.id}"
 
@@ -100,6 +103,7 @@ def test_ids_are_literal_and_arguments_match(pack: Any) -> None:
 def test_every_language_names_everything(pack: Any, root: Path, language: str) -> None:
     words = json.loads((root / "locales" / language / "nodeDefs.json").read_text("utf-8"))
     schemas = [node.define_schema() for node in listed(pack)]
+    schemas = [schema for schema in schemas if not schema.is_dev_only]  # those are in no menu
     assert set(words) == {schema.node_id for schema in schemas}
     for schema in schemas:
         known = words[schema.node_id]
@@ -107,6 +111,9 @@ def test_every_language_names_everything(pack: Any, root: Path, language: str) -
         assert set(known["inputs"]) == {item.id for item in schema.inputs}, schema.node_id
         assert all(item["name"] and item["tooltip"] for item in known["inputs"].values())
         assert len(known["outputs"]) == len(schema.outputs)
+        if language == "en":  # the same words, whether a page reads the schema or the locale
+            assert all(known["inputs"][i.id]["tooltip"] == i.tooltip for i in schema.inputs)
+            assert known["description"] == schema.description
         page = root / "web" / "docs" / schema.node_id
         page = page.with_suffix(".md") if language == "en" else page / f"{language}.md"
         assert page.is_file(), f"{page} is missing"
@@ -225,8 +232,10 @@ def test_previews_come_with_progress(pack: Any, loaded: dict[str, Any], monkeypa
         plain.Plain, "progress", lambda self, total: lambda *call: calls.append(call)
     )
     made(pack, loaded, "a red cat", batch=2)
-    assert [call[:2] for call in calls] == [(k, 8) for k in range(1, 9)]
-    assert calls[0][2] is None
+    (_, _, size), *steps = calls  # Canvas Size draws its sheet first
+    assert size.shape[-1] == 3 and float(size.min()) < 0.2 < 0.8 < float(size.max())
+    assert [call[:2] for call in steps] == [(k, 8) for k in range(1, 9)]
+    assert steps[0][2] is None
     config = loaded["model"].checkpoint.config
     monkeypatch.setitem(config, "latent_rgb_factors", [[0.1, 0.0, -0.1]] * 16)
     made(pack, loaded, "a red cat")
@@ -264,6 +273,7 @@ def test_a_set_is_its_pictures(pack: Any, loaded: dict[str, Any], pipeline: Any)
         pack, "SeedlingCanvasSize", preset="model", shape="", batch_size=1, model=loaded["model"]
     )
     settings = {**KNOBS, "seed": 5, "count": 3, "prompts": "a red cat\n\nin a cup", **loaded}
+    settings["negative"] = ""
     images, sheet = call(
         pack, "SeedlingImageSet", latent=latent, seeing="references only", output="list", **settings
     )
@@ -324,6 +334,11 @@ def test_the_list_orders_names_and_turns_off(pack: Any) -> None:
 
 def test_masks_and_strength_become_alpha(pack: Any) -> None:
     image, mask = torch.rand(1, 4, 4, 3), torch.zeros(1, 2, 2)
+    none = references(
+        pack, [{"image": "image_1", "mask": "none"}], images={"image_1": image},
+        masks={"mask_1": mask + 1},
+    )  # fmt: skip
+    assert torch.equal(none.items[0].image, image[0]), "not even the one of its number"
     (same,) = references(pack, images={"image_1": image}, masks={"mask_1": mask}).items
     assert torch.equal(same.image, image[0]), "an all-black mask is no mask"
     mask[0, 0, 0] = 1

@@ -31,7 +31,8 @@ const { source, cases } = JSON.parse(require("fs").readFileSync(0, "utf8"));
 import("data:text/javascript;base64," + source).then((list) => {
   const run = ([name, ...given]) => list[name](...given.map(revive));
   const revive = (value) =>
-    value?.$set ? new Set(value.$set) : value?.$map ? new Map(value.$map) : value;
+    value?.$set ? new Set(value.$set) : value?.$map ? new Map(value.$map) :
+    value?.images ? { images: revive(value.images), masks: revive(value.masks) } : value;
   const order = ({ text, connected }) => {
     const sockets = new Set(connected);
     const entries = list.complete(list.parse(text), sockets);
@@ -131,10 +132,10 @@ def test_text_that_is_no_list_is_nobody_s(root: Path, text: str) -> None:
 def test_entries_follow_their_links(root: Path) -> None:
     """Unplugged, replaced, moved up by one, wired anew, never there: by hand, see `followed`."""
     entries = [{"image": f"image_{n}", "name": str(n)} for n in (3, 1, 2)] + [{"image": "a.png"}]
-    before = {"$map": [["image_1", 11], ["image_2", 12], ["image_3", 13]]}
+    before = wired([["image_1", 11], ["image_2", 12], ["image_3", 13]])
 
     def named(now: list[Any]) -> list[Any]:
-        found = script([["followed", entries, before, {"$map": now}]], root)[0]
+        found = script([["followed", entries, before, wired(now)]], root)[0]
         return [(entry["image"], entry.get("name")) for entry in found]
 
     one, two, three = ["image_1", 11], ["image_2", 12], ["image_3", 13]
@@ -145,6 +146,59 @@ def test_entries_follow_their_links(root: Path) -> None:
     assert named([["image_1", 12], ["image_2", 13]]) == closed
     assert named([two, three]) == [("image_3", "3"), ("image_2", "2"), ("a.png", None)]
     assert named([]) == [("a.png", None)]
+
+
+def wired(images: Any, masks: Any = ()) -> dict[str, Any]:
+    """Links by input, as the script takes them."""
+    return {"images": {"$map": [*images]}, "masks": {"$map": [*masks]}}
+
+
+def pairs(entries: list[Any], images: list[Any], masks: list[Any]) -> dict[int, int]:
+    """The mask's link for each picture's, by the node's rule."""
+    picture, mask, found = dict(map(tuple, images)), dict(map(tuple, masks)), {}
+    for entry in entries:
+        wanted = entry.get("mask") or entry["image"].replace("image", "mask")
+        if entry["image"] in picture and wanted in mask:
+            found[picture[entry["image"]]] = mask[wanted]
+    return found
+
+
+def unplugged(links: list[Any], kind: str, gone: int) -> list[Any]:
+    """The page moves those behind it up by one."""
+    left = [link for name, link in links if name != f"{kind}_{gone}"]
+    return [[f"{kind}_{n}", link] for n, link in enumerate(left, start=1)]
+
+
+def test_masks_stay_with_their_pictures(root: Path) -> None:
+    """200 random graphs, five changes each: whatever is unplugged, the other pairs stay."""
+    rng = random.Random(3)
+    states = []
+    for _ in range(200):
+        images = [[f"image_{n}", 10 + n] for n in range(1, rng.randint(2, 6))]
+        masks = [[f"mask_{n}", 20 + n] for n in range(1, rng.randint(1, len(images) + 1) + 1)]
+        states.append((images, masks, [{"image": name} for name, _ in images]))
+    for turn in range(5):
+        wanted, cases, after = [], [], []
+        for images, masks, entries in states:
+            kind = rng.choice(["image", "mask", "new"])
+            new_images, new_masks = images, masks
+            if kind == "image" and images:
+                new_images = unplugged(images, "image", rng.randint(1, len(images)))
+            elif kind == "mask" and masks:
+                new_masks = unplugged(masks, "mask", rng.randint(1, len(masks)))
+            else:
+                new_masks = [*masks, [f"mask_{len(masks) + 1}", 100 + turn]]
+            kept = {link for _, link in (*new_images, *new_masks)}
+            old = pairs(entries, images, masks)
+            wanted.append({i: m for i, m in old.items() if {i, m} <= kept})
+            cases.append(["followed", entries, wired(images, masks), wired(new_images, new_masks)])
+            after.append((new_images, new_masks))
+        states = [(*now, found) for now, found in zip(after, script(cases, root), strict=True)]
+        for (images, masks, entries), pair in zip(states, wanted, strict=True):
+            newest = dict(map(tuple, masks)).get(f"mask_{len(masks)}")
+            now = {i: m for i, m in pairs(entries, images, masks).items() if m != 100 + turn}
+            beaten = {i for i, m in pairs(entries, images, masks).items() if m == newest}
+            assert now == {i: m for i, m in pair.items() if i not in beaten or now.get(i) == m}
 
 
 def test_toggling_twice_changes_nothing(root: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,12 +135,99 @@ def painted(nodes: Any, loaded: dict[str, Any], entry: dict[str, Any]) -> Tensor
     return done["samples"]
 
 
-def test_strength_and_role_change_what_is_painted(nodes: Any, loaded: dict[str, Any]) -> None:
-    """By more than rounding, which is what a setting that did nothing would be."""
-    plain = {"image": "image_1"}
-    full = painted(nodes, loaded, plain)
-    spread = float(full.std())
-    for more in ({"strength": 0.5}, {"role": "style"}, {"size": 64}):
-        other = painted(nodes, loaded, {**plain, **more})
-        assert float((other - full).square().mean().sqrt()) > 0.02 * spread, more
-    assert torch.equal(painted(nodes, loaded, {**plain, "strength": 1.0}), full)
+def off(one: Tensor, other: Tensor) -> float:
+    """How far apart, in deviations of the first."""
+    return float((other - one).square().mean().sqrt() / one.std())
+
+
+def test_strength_and_size_change_what_is_painted(nodes: Any, loaded: dict[str, Any]) -> None:
+    """By more than rounding, which is what a setting that did nothing would be; and a weaker
+    reference the more, the weaker it is."""
+    full = painted(nodes, loaded, {"image": "image_1"})
+    again, *weaker, small = (
+        painted(nodes, loaded, {"image": "image_1", **more})
+        for more in ({"strength": 1.0}, {"strength": 0.7}, {"strength": 0.3}, {"size": 64})
+    )
+    assert torch.equal(again, full)
+    assert 0.02 < off(full, weaker[0]) < off(full, weaker[1])
+    assert off(full, small) > 0.02
+
+
+def test_every_offered_role_changes_what_is_painted(
+    nodes: Any, loaded: dict[str, Any], root: Path
+) -> None:
+    """Those of the strip and of control signals, each against none and against all others."""
+    from seedling.nodes.control import SIGNALS
+
+    text = (root / "web/reference_strip/settings.js").read_text("utf-8")
+    (listed_roles,) = re.findall(r"const ROLES = (\[.*?\]);", text)
+    roles = [*json.loads(listed_roles), *(role for _, role in SIGNALS.values())]
+    assert len(roles) >= 10
+    pictures = [painted(nodes, loaded, {"image": "image_1"})]
+    for role in dict.fromkeys(roles):
+        pictures.append(painted(nodes, loaded, {"image": "image_1", "role": role}))
+        assert min(off(before, pictures[-1]) for before in pictures[:-1]) > 0.02, role
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_strength_reaches_every_vae(channels: int) -> None:
+    """As alpha, or, in families whose VAE has none, on white; encoders see it on white too."""
+    from seedling.model_loaders.qwen_vl import on_white
+    from seedling.nodes.references import faded
+    from seedling.sampling.pipeline import as_pixels
+
+    image = picture(32, 32)
+    for strength in (0.25, 0.75):
+        seen = as_pixels(faded(image, None, strength), torch.float32, channels)[0]
+        white = image * strength + (1 - strength)
+        expected = white if channels == 3 else image
+        assert (seen[:3].permute(1, 2, 0) - (expected * 2 - 1)).abs().max() < 1e-6
+        assert channels == 3 or bool(((seen[3] + 1) / 2 - strength).abs().max() < 1e-6)
+        assert (
+            on_white(faded(image, None, strength)).permute(1, 2, 0) - white
+        ).abs().max() < 1 / 255
+
+
+# ---- a size of its own for the text encoder ----------------------------------------------------
+
+
+def test_the_encoder_may_see_it_smaller(
+    nodes: Any, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads fewer tokens, the DiT as many as before; the node says what both cost."""
+    from seedling.nodes.references import costs_of, listing
+
+    encoder, model = loaded["clip"].module, loaded["model"]
+    encode, seen = encoder.encode, []
+
+    def watched(prompt: str, images: Any = (), store: Any = None) -> Any:
+        seen.append([tuple(x.shape[:2]) for x in images])
+        return encode(prompt, images, store)
+
+    monkeypatch.setattr(encoder, "encode", watched)
+    given = {"images": {"image_1": picture(128, 128)[None], "image_2": picture(96, 160)[None]}}
+    latents, slots = [], []
+    for entry in ({"image": "image_1"}, {"image": "image_1", "vlm_size": 64}):
+        found = listed(nodes, [entry], model, **given)
+        positive, _ = nodes(
+            "EncodeInstruction", clip=loaded["clip"], vae=loaded["vae"], prompt="a red star",
+            references=found,
+        )  # fmt: skip
+        _, extra = positive[0]
+        slots.append(extra["slots"])
+        latents.append(extra["reference_latents"])
+    large, small = seen[0], seen[-1]
+    assert large[0] == (128, 128) and small[0] == (64, 64) and large[1] == small[1]
+    assert torch.equal(*slots) and all(map(torch.equal, *latents))
+    found = listed(nodes, [{"image": "image_1", "vlm_size": 64}], model, **given)
+    first, second, _ = listing(found, costs_of(found, model), model).splitlines()
+    assert first.startswith("image 1: 128 x 128: 64 tokens") and "; 4 tokens of the text" in first
+    assert " tokens of the text encoder" in second
+    plain = listed(nodes, ["image_1"], model, **given)
+    assert "encoder" not in listing(plain, costs_of(plain, model), model)
+
+
+@pytest.mark.parametrize("size", ["own", "1K", 16, 5000, True, None, 64.5])
+def test_a_senseless_vlm_size_is_refused(nodes: Any, size: Any) -> None:
+    with pytest.raises(ValueError, match="the vlm_size of reference 1 is"):
+        listed(nodes, [{"image": "a.png", "vlm_size": size}])

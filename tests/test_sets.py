@@ -93,7 +93,7 @@ def test_prompts_start_over_and_seeds_count_up_or_stay() -> None:
     "given, words",
     [
         ({"text": " \n"}, "there is no prompt"),
-        ({"seeing": "joint"}, "painted 'joint' by this model; choose one of: independent, sequ"),
+        ({"seeing": "all"}, "painted 'all' by this model; choose one of: independent, sequ"),
         ({"count": 65}, "1 to 64 pictures, 65 were asked for"),
         ({"count": 14, "seeing": "sequential", "references": 2}, "2 references and 14 .* 15"),
         ({"count": 3, "start": 3}, "has 3 pictures and cannot begin with picture 4"),

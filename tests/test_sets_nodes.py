@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -110,20 +111,44 @@ def test_the_cache_can_be_off_or_rounded(pack: Any, loaded: dict[str, Any]) -> N
 # ---- sets --------------------------------------------------------------------------------------
 
 
-def image_set(pack: Any, loaded: dict[str, Any], seeing: str, **more: Any) -> Any:
-    given = {**KNOBS, "count": 0, "prompts": PROMPTS, "output": "list", **more}
-    latent = canvas(pack, loaded)
-    return call(pack, "SeedlingImageSet", latent=latent, seeing=seeing, **loaded, **given)
+@pytest.fixture
+def image_set(pack: Any, loaded: dict[str, Any], node_tools: ModuleType) -> Any:
+    """Pictures and sheet of a set, and what was said."""
+    extension = asyncio.run(pack.comfy_entrypoint())
+    known = {node.__name__: node for node in asyncio.run(extension.get_node_list())}
+
+    def run(seeing: str, **more: Any) -> Any:
+        given = {**KNOBS, "count": 0, "prompts": PROMPTS, "output": "list", "negative": "", **more}
+        latent = canvas(pack, loaded)
+        return node_tools.together(
+            known, "SeedlingImageSet", latent=latent, seeing=seeing, **loaded, **given
+        )
+
+    return run
 
 
 SEEING = ["references only", "the pictures before it"]
 
 
-@pytest.mark.parametrize("seeing, left", [(SEEING[0], 2), (SEEING[1], 1)])
-def test_a_picture_that_fails_does_not_take_the_others(
-    pack: Any, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, seeing: str, left: int
+@pytest.mark.parametrize("seeing", SEEING)
+def test_a_set_goes_on_with_what_another_day_made(image_set: Any, seeing: str) -> None:
+    (whole, _), _ = image_set(seeing)
+    (again, sheet), _ = image_set(seeing, start=2, earlier=whole[0])
+    assert len(again) == 3 and sheet.shape[0] == 1
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+
+
+def test_what_is_missing_for_going_on_is_said(image_set: Any) -> None:
+    with pytest.raises(ValueError, match="the 1 before it are needed; 0 were given"):
+        image_set(SEEING[1], start=2)
+
+
+def test_a_picture_that_fails_says_which(
+    image_set: Any, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = image_set(pack, loaded, seeing).args[0]
+    from seedling.nodes import set_parts
+
+    told: list[str] = []
     decode, calls = loaded["vae"].module.decode, []
 
     def failing(latents: Tensor) -> Tensor:
@@ -132,31 +157,58 @@ def test_a_picture_that_fails_does_not_take_the_others(
             raise RuntimeError("out of memory")
         return decode(latents)
 
+    here = type(set_parts.runtime())
+    monkeypatch.setattr(here, "tell", lambda self, text: told.append(text))
     monkeypatch.setattr(loaded["vae"].module, "decode", failing)
-    output = image_set(pack, loaded, seeing)
-    pictures, sheet = output.args
-    assert len(pictures) == left and torch.equal(pictures[0], whole[0]) and sheet.shape[0] == 1
-    assert "picture 2 failed: out of memory." in shown(output) and "start to 2" in shown(output)
-    again = image_set(pack, loaded, seeing, start=2, earlier=pictures[0])
-    assert all(torch.equal(a, b) for a, b in zip(again.args[0], whole, strict=True))
-    calls.clear()
-    calls.append(1)  # the first one fails: there is nothing to keep
     with pytest.raises(RuntimeError, match="out of memory"):
-        image_set(pack, loaded, seeing, count=1)
+        image_set(SEEING[0])
+    assert told[-1].startswith("picture 2 of 3 failed; those before it are kept")
 
 
-def test_a_set_reads_its_references_once(pack: Any, loaded: dict[str, Any]) -> None:
+def test_a_set_reads_its_references_once(pack: Any, loaded: dict[str, Any], image_set: Any) -> None:
     found = references(pack, loaded, 0, 1)
-    output = image_set(pack, loaded, SEEING[1], references=found, seeds="the same")
-    assert len(output.args[0]) == 3 and "3 pictures" in shown(output)
-    share = int(shown(output).split(" tokens (")[1].split("%")[0])
+    (pictures, _), said = image_set(SEEING[1], references=found, seeds="the same")
+    assert len(pictures) == 3 and "3 pictures" in said and "picture 3 of 3, seed 5" in said
+    share = int(said.split(" tokens (")[-1].split("%")[0])
     assert share > 40
     assert loaded["vae"].module.prefix_store.counts["latents"].computed == 2 + 2
 
 
-def test_numbered_prompts_and_words_say_how_many(pack: Any, loaded: dict[str, Any]) -> None:
-    listed = image_set(pack, loaded, SEEING[0], prompts="In ink.\n1. a cat\n2. a dog")
-    plain = image_set(pack, loaded, SEEING[0], prompts="In ink. a cat\nIn ink. a dog")
-    assert len(listed.args[0]) == 2
-    assert all(torch.equal(a, b) for a, b in zip(listed.args[0], plain.args[0], strict=True))
-    assert len(image_set(pack, loaded, SEEING[0], prompts="a fox in two panels").args[0]) == 2
+def test_numbered_prompts_and_words_say_how_many(image_set: Any) -> None:
+    (listed, _), _ = image_set(SEEING[0], prompts="In ink.\n1. a cat\n2. a dog")
+    (plain, _), _ = image_set(SEEING[0], prompts="In ink. a cat\nIn ink. a dog")
+    assert len(listed) == 2
+    assert all(torch.equal(a, b) for a, b in zip(listed, plain, strict=True))
+    (two, _), _ = image_set(SEEING[0], prompts="a fox in two panels")
+    assert len(two) == 2
+
+
+def test_pictures_may_be_painted_at_once(image_set: Any, loaded: dict[str, Any], pack: Any) -> None:
+    """The engine's joint set, bit for bit, with guidance and references."""
+    from seedling.sampling.pipeline import Picture, Pipeline, Task
+    from seedling.sampling.sets import plan_set, run_set
+
+    found = references(pack, loaded, 0, 1)
+    (made, sheet), said = image_set(
+        "each other, all at once", references=found, guidance=2.5, negative="blue"
+    )
+    assert len(made) == 3 and sheet.shape[0] == 1 and "3 pictures at once" in said
+    pipeline = Pipeline(loaded["model"], loaded["vae"], loaded["clip"])
+    task = Task("", (picture_of(0), picture_of(1)), steps=2, guidance=2.5, negative="blue")
+    plan = plan_set(PROMPTS, seeing="joint", seed=5, references=2)
+    events = run_set(pipeline, task, plan)
+    expected = [event.pixels for event in events if isinstance(event, Picture)]
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours[0], theirs)
+    (batch,), _ = image_set(
+        "each other, all at once", references=found, guidance=2.5, negative="blue", output="batch"
+    )[0]
+    assert torch.equal(batch, torch.cat(list(made)))
+
+
+def test_a_model_that_cannot_paint_at_once_says_so(
+    image_set: Any, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(type(loaded["model"].module), "joint")
+    with pytest.raises(ValueError, match="Qwen-Image-2.1 cannot paint pictures at once"):
+        image_set("each other, all at once")

@@ -111,7 +111,7 @@ class Strip {
     }
     this.takePlace();
     const found = links(node);
-    this.follow(new Map([...found].map(([source, link]) => [source, link.id])));
+    this.follow({ images: ids(found), masks: ids(links(node, "mask")) });
     const state = this.state(found);
     const told = JSON.stringify(state);
     if (told === this.shown) return;
@@ -139,14 +139,15 @@ class Strip {
   }
 
   follow(now) {
-    const entries = parse(this.text);
-    if (this.links && entries?.length && !this.wired) {
-      const after = followed(entries, this.links, now);
-      if (JSON.stringify(after) !== JSON.stringify(entries)) {
-        this.put(complete(after, new Set(now.keys())), new Set(now.keys()));
-      }
-    }
+    const was = this.links;
     this.links = now;
+    const listed = parse(this.text);
+    // Without a list and without masks pictures are in their order whatever happens.
+    if (!was || !listed || this.wired || !(listed.length || was.masks.size)) return;
+    const entries = complete(listed, was.images.keys());
+    const after = followed(entries, was, now);
+    if (JSON.stringify(after) === JSON.stringify(entries)) return;
+    this.put(complete(after, now.images.keys()), new Set(now.images.keys()));
   }
 
   state(found) {
@@ -207,6 +208,8 @@ class Strip {
     }
   }
 }
+
+const ids = (found) => new Map([...found].map(([source, link]) => [source, link.id]));
 
 /** The name under which the server took the file; null, and a word about it, when it did not. */
 async function upload(file, say) {

@@ -15,6 +15,7 @@ from ..paths import Folders
 from . import io, ui
 from .api import ComfyAPI, ComfyAPISync, ComfyExtension, PromptServer
 from .folders import folder_paths
+from .runtime import CURRENT
 
 __all__ = ["ComfyAPI", "ComfyAPISync", "ComfyExtension", "install", "io", "ui"]
 
@@ -34,7 +35,8 @@ def install(folders: Folders) -> None:
         module = offer(f"comfy_api.{name}", latest, package=True)
         setattr(offer("comfy_api", {}, package=True), name, module)
     graph = offer("comfy_execution.graph_utils", {"ExecutionBlocker": io.ExecutionBlocker})
-    offer("comfy_execution", {"graph_utils": graph}, package=True)
+    utils = offer("comfy_execution.utils", {"get_executing_context": CURRENT.get})
+    offer("comfy_execution", {"graph_utils": graph, "utils": utils}, package=True)
     offer("server", {"PromptServer": PromptServer})
     sys.modules["folder_paths"] = folder_paths(folders)
 

@@ -23,6 +23,7 @@ class Runtime:
     progress: Callable[[str, float, float, Any], None]  # node, value, maximum, preview or None
     stopped: Callable[[], bool]
     text: Callable[[str, str], None] = lambda node_id, text: None
+    list_index: int = 0  # which call of the node this is, where lists are wired to it
 
     def check(self) -> None:
         """Raise Interrupted once the run is cancelled."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
-from ..images import save_batch
+from ..images import png_8_bit, save_batch
 from .inputs import FolderType
 from .runtime import CURRENT
 
@@ -26,6 +27,24 @@ class SavedImages:
         return {"images": self.results} | ({"animated": (True,)} if self.is_animated else {})
 
 
+def saved(
+    images: Any, filename_prefix: str, folder_type: FolderType, cls: Any, **how: Any
+) -> list[SavedResult]:
+    """Save a batch in the way of `how`, see `save_batch`."""
+    runtime = CURRENT.get()
+    if runtime is None:
+        raise RuntimeError("pictures are saved while a node runs")
+    hidden = getattr(cls, "hidden", None)
+    recipe: dict[str, Any] = {}
+    if hidden is not None:
+        recipe = {"prompt": hidden.prompt} if hidden.prompt is not None else {}
+        recipe |= hidden.extra_pnginfo or {}
+    kind = FolderType(folder_type).value
+    root = runtime.folders.of(kind)
+    made = save_batch(root, filename_prefix, images, recipe, kind == "output", **how)
+    return [SavedResult(name, subfolder, kind) for subfolder, name in made]
+
+
 class ImageSaveHelper:
     """Saves batches of pictures as PNG files."""
 
@@ -38,18 +57,8 @@ class ImageSaveHelper:
         compress_level: int = 4,
     ) -> list[SavedResult]:
         """Save (B, H, W, C) in 0..1; with `cls` the file carries the prompt and the workflow."""
-        runtime = CURRENT.get()
-        if runtime is None:
-            raise RuntimeError("pictures are saved while a node runs")
-        hidden = getattr(cls, "hidden", None)
-        recipe: dict[str, Any] = {}
-        if hidden is not None:
-            recipe = {"prompt": hidden.prompt} if hidden.prompt is not None else {}
-            recipe |= hidden.extra_pnginfo or {}
-        kind = FolderType(folder_type).value
-        root = runtime.folders.of(kind)
-        saved = save_batch(root, filename_prefix, images, recipe, compress_level, kind == "output")
-        return [SavedResult(name, subfolder, kind) for subfolder, name in saved]
+        encode = partial(png_8_bit, compress=compress_level)
+        return saved(images, filename_prefix, folder_type, cls, encode=encode)
 
     @staticmethod
     def get_save_images_ui(

@@ -126,11 +126,12 @@ class Server:
         return history["outputs"]
 
     def pictures(self, graph: dict[str, Any], node: str) -> list[np.ndarray]:
-        """What a Save or Preview Image node showed, (H, W, C) in 8 bits."""
+        """What a Save or Preview Image node or a set showed, (H, W, C) in 8 bits."""
         from PIL import Image
 
-        shown = []
-        for image in self.run(graph)[node]["images"]:
+        shown, outputs = [], self.run(graph)
+        names = [name for name in outputs if name.partition(".")[0] == node]  # "5.0.1.shown" of 5
+        for image in (image for name in names for image in outputs[name]["images"]):
             query = urllib.parse.urlencode(image)
             with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
                 shown.append(np.array(Image.open(io.BytesIO(answer.read()))))

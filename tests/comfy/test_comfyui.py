@@ -27,6 +27,7 @@ SIMPLE = (
     "text_to_image", "edit_a_picture", "compose_from_references", "image_set",
     "same_prompt_many_seeds",
 )  # fmt: skip
+SAVES = ("SaveImage", "SeedlingImageSet")
 RUN = 120.0  # seconds until a prompt is done
 EMBEDDED = "seedling-tiny (embedded)"
 
@@ -79,7 +80,7 @@ def title(path: Path) -> str:
 def test_an_example_of_more_nodes_runs(server: Any, path: Path) -> None:
     """What they make is held to the engine in tests/; here that they run on core's own nodes."""
     graph = workflow(path)
-    (save,) = [k for k, node in graph.items() if node["class_type"] == "SaveImage"]
+    (save,) = [k for k, node in graph.items() if node["class_type"] in SAVES]
     images = server.pictures(graph, save)
     assert images and all(image.std() > 1 for image in images)
 
@@ -87,7 +88,7 @@ def test_an_example_of_more_nodes_runs(server: Any, path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in WORKFLOWS if title(p) in SIMPLE], ids=title)
 def test_an_example_makes_the_command_lines_picture(server: Any, pipeline: Any, path: Path) -> None:
     graph = workflow(path)
-    (save,) = [k for k, node in graph.items() if node["class_type"] == "SaveImage"]
+    (save,) = [k for k, node in graph.items() if node["class_type"] in SAVES]
     images = server.pictures(graph, save)
     wanted = by_the_command_line(pipeline, title(path), graph)
     assert len(images) == len(wanted)
@@ -99,7 +100,7 @@ def test_the_embedded_model_runs_untouched(server: Any, root: Path) -> None:
     if not (root / "assets" / "diffusion_models" / "seedling-tiny.safetensors").is_file():
         pytest.skip("the embedded model is not in this checkout")
     graph = json.loads(WORKFLOWS[-1].read_text("utf-8"))
-    (save,) = [k for k, node in graph.items() if node["class_type"] == "SaveImage"]
+    (save,) = [k for k, node in graph.items() if node["class_type"] in SAVES]
     assert server.pictures(graph, save)[0].shape == (128, 128, 3)
 
 

@@ -22,21 +22,21 @@ BELOW_LOADERS = Box(-20, 730, 370, 260)
 TEXT_TO_IMAGE = Layout(
     nodes={
         **LOADERS,
-        "4": Box(420, 330, 400, 146),
+        "4": Box(420, 330, 400, 400),
         "5": Box(420, 0, 400, 200),
         "6": Box(900, 0, 330, 258),
         "7": Box(900, 420, 330, 46),
         "9": Box(1310, 0, 440, 520),
     },
     groups=MODEL | {
-        "What to paint": Box(400, -80, 440, 740),
+        "What to paint": Box(400, -80, 440, 840),
         "Paint": Box(880, -80, 370, 740),
         "Picture": Box(1290, -80, 480, 740),
     },
     notes={
         "Write what you want to see into the green node and press **Run**.\n\n"
         "- The seed changes after every run. Set *control after generate* to *fixed* to keep it.\n"
-        "- *shape* takes `16:9`, `poster` or `1216x832`.\n": Box(400, 730, 440, 170),
+        "- *shape* takes `16:9`, `poster` or `1216x832`.\n": Box(400, 830, 440, 170),
         WEIGHTS: BELOW_LOADERS,
     },
 )  # fmt: skip
@@ -47,7 +47,7 @@ MANY_SEEDS = Layout(
     notes={
         "*batch size* says how many pictures are painted in one go. Each has its own seed: the one "
         "of the sampler, the next, and so on.\n\nThe prompt is read once for all of them.\n":
-            Box(400, 730, 440, 170),
+            Box(400, 830, 440, 170),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={"4": "Canvas Size: four pictures"},
@@ -58,14 +58,14 @@ A, B, C, D = 400, 830, 1260, 1630  # columns of the larger workflows
 EDIT = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 146),
+        "4": Box(A, 0, 380, 310),
         "5": Box(B, 0, 380, 200),
         "6": Box(C, 0, 320, 258),
         "7": Box(D, 0, 320, 46),
         "14": Box(D, 90, 320, 230),
         "8": Box(A, 450, 380, 200),
         "10": Box(B, 450, 380, 200),
-        "9": Box(B, 750, 380, 146),
+        "9": Box(B, 750, 380, 260),
         "11": Box(C, 450, 320, 258),
         "12": Box(D, 450, 400, 46),
         "13": Box(D, 540, 400, 460),
@@ -79,7 +79,7 @@ EDIT = Layout(
         "The upper row paints a picture to edit. For one of your own wire *Load Image* to image_1 "
         "of *References*, or drop a file on that node, and delete the row.\n\n"
         "The lower *Canvas Size* takes the size of the first reference, so that nothing shifts.\n":
-            Box(A - 20, 1090, 850, 120),
+            Box(A - 20, 1200, 850, 120),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={"5": "Encode Instruction: the picture", "10": "Encode Instruction: the edit"},
@@ -89,7 +89,7 @@ EDIT = Layout(
 COMPOSE = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 146),
+        "4": Box(A, 0, 380, 400),
         "5": Box(B, 0, 380, 200),
         "6": Box(C, 0, 320, 258),
         "7": Box(D, 0, 320, 46),
@@ -105,7 +105,7 @@ COMPOSE = Layout(
         "15": Box(D, 990, 400, 330),
     },
     groups=MODEL | {
-        "Size": Box(A - 20, -80, 420, 380),
+        "Size": Box(A - 20, -80, 420, 500),
         "Image 1": Box(B - 20, -80, 1160, 420),
         "Image 2": Box(B - 20, 370, 1160, 420),
         "Both in one picture": Box(A - 20, 820, 1670, 530),
@@ -113,7 +113,7 @@ COMPOSE = Layout(
     notes={
         "Two pictures are painted first. For your own wire *Load Image* to image_1, image_2, … of "
         "*References*, which grows up to 14, or drop files on it, and delete the upper two rows."
-        "\n\nThe instruction calls them `image 1`, `image 2`, …\n": Box(A - 20, 370, 420, 200),
+        "\n\nThe instruction calls them `image 1`, `image 2`, …\n": Box(A - 20, 490, 420, 200),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={
@@ -127,19 +127,20 @@ COMPOSE = Layout(
 IMAGE_SET = Layout(
     nodes={
         **LOADERS,
-        "4": Box(420, 0, 400, 146),
-        "5": Box(900, 0, 400, 440),
-        "6": Box(1380, 0, 440, 520),
+        "4": Box(420, 0, 400, 400),
+        "5": Box(900, 0, 440, 860),
+        "6": Box(1400, 0, 440, 520),
     },
     groups=MODEL | {
-        "Size": Box(400, -80, 440, 330),
-        "One prompt a line": Box(880, -80, 440, 740),
-        "Pictures": Box(1360, -80, 480, 740),
+        "Size": Box(400, -80, 440, 500),
+        "One prompt a line": Box(880, -80, 480, 960),
+        "All of them": Box(1380, -80, 480, 640),
     },
     notes={
-        "One picture for each line. Wire *References* to give all of them the same figure.\n\n"
+        "One picture for each line, saved as soon as it is done. Stop whenever you like: the next "
+        "run goes on from there.\n\nWire *References* to give all of them the same figure.\n\n"
         "*each sees* › *the pictures before it* lets every picture see the finished ones: figures "
-        "stay alike, and it takes longer.\n": Box(400, 320, 440, 200),
+        "stay alike, and it takes longer.\n": Box(400, 490, 440, 280),
         WEIGHTS: BELOW_LOADERS,
     },
 )  # fmt: skip
@@ -168,7 +169,7 @@ T2I_PLACES = {key: TEXT_TO_IMAGE.nodes[key] for key in ("1", "2", "3", "4", "5",
 EDIT_PLACES = {
     **LOADERS,
     "8": Box(420, 0, 400, 200),
-    "9": Box(420, 300, 400, 146),
+    "9": Box(420, 300, 400, 400),
     "10": Box(900, 0, 400, 200),
     "11": Box(1380, 0, 330, 258),
     "12": Box(1380, 350, 330, 46),
@@ -176,7 +177,7 @@ EDIT_PLACES = {
 COMPOSE_PLACES = {
     **LOADERS,
     "11": Box(420, 0, 400, 240),
-    "4": Box(420, 340, 400, 146),
+    "4": Box(420, 340, 400, 400),
     "12": Box(900, 0, 400, 200),
     "13": Box(1380, 0, 330, 258),
     "14": Box(1380, 350, 330, 46),

@@ -15,7 +15,7 @@ BELOW_LOADERS = {WEIGHTS: Box(-20, 730, 370, 150)}
 A, B, C, D, E = 400, 830, 1260, 1630, 2080  # columns
 # The row that paints a picture to work on.
 PAINTED = {
-    "4": Box(A, 0, 380, 146),
+    "4": Box(A, 0, 380, 310),
     "5": Box(B, 0, 380, 200),
     "6": Box(C, 0, 320, 290),
     "7": Box(D, 0, 320, 46),
@@ -37,15 +37,14 @@ CHARACTER_SHEET = Layout(
         **LOADERS,
         **PAINTED,
         "9": Box(A, SECOND, 380, 240),
-        "10": Box(B, SECOND, 400, 620),
-        "11": Box(C, SECOND, 440, 520),
-        "12": Box(C + 460, SECOND, 320, 330),
+        "10": Box(B, SECOND, 400, 900),
+        "12": Box(C, SECOND, 440, 520),
     },
     groups=MODEL | {
         "1 · The character": ROW,
         "2 · Who it is": Box(A - 20, SECOND - 80, 420, 720),
-        "3 · One line a picture": Box(B - 20, SECOND - 80, 440, 740),
-        "4 · The sheet": Box(C - 10, SECOND - 80, 810, 640),
+        "3 · One line a picture": Box(B - 20, SECOND - 80, 440, 1000),
+        "4 · The sheet": Box(C - 10, SECOND - 80, 460, 640),
     },
     notes={
         own_picture("a character") +
@@ -60,20 +59,20 @@ CHARACTER_SHEET = Layout(
 STORYBOARD = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 146),
-        "5": Box(B, 0, 400, 620),
-        "6": Box(C, 0, 440, 520),
-        "7": Box(C + 460, 0, 320, 330),
+        "4": Box(A, 0, 380, 400),
+        "5": Box(B, 0, 400, 900),
+        "7": Box(C, 0, 440, 520),
     },
     groups=MODEL | {
-        "Size": Box(A - 20, -80, 420, 300),
-        "Panels": Box(B - 20, -80, 440, 740),
-        "The board": Box(C - 10, -80, 810, 640),
+        "Size": Box(A - 20, -80, 420, 500),
+        "Panels": Box(B - 20, -80, 440, 1000),
+        "The board": Box(C - 10, -80, 460, 640),
     },
     notes={
         "A numbered list: a panel for each number. Each panel sees those before it, so figures "
-        "stay who they are; panels and references together are at most 15.\n\nPanels are shown as "
-        "they are done.\n": Box(A - 20, 300, 420, 190),
+        "stay who they are; panels and references together are at most 15.\n\nEach is shown and "
+        "saved as soon as it is done. Stop whenever you like: the next run goes on from there.\n":
+        Box(A - 20, 490, 420, 230),
         **BELOW_LOADERS,
     },
     control={"5": "fixed"},

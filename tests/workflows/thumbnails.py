@@ -48,7 +48,7 @@ def run(host: Any, graph: dict[str, Any]) -> tuple[list[Image.Image], list[Image
     if history["status"]["status_str"] != "success":
         raise SystemExit(f"the workflow failed: {history['status']['messages'][-1]}")
     found: dict[str, list[Image.Image]] = {"output": [], "temp": []}
-    for node in sorted(history["outputs"], key=int):
+    for node in sorted(history["outputs"], key=lambda name: int(name.partition(".")[0])):
         for image in history["outputs"][node].get("images", ()):
             path = host.home / image["type"] / image["subfolder"] / image["filename"]
             found[image["type"]].append(Image.open(path).convert("RGB"))

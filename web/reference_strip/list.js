@@ -1,6 +1,7 @@
 // The list that the References node reads from its `strip` input, as plain data: no page, no node.
-// An entry is {image, name, role, strength, on}; `image` is a file of the input folder or an input
-// ("image_2"). Keys that this file does not know are kept.
+// An entry is {image, name, role, strength, on, mask}; `image` is a file of the input folder or an
+// input ("image_2"); so is `mask`, which without a word is the input of the same number ("mask_2").
+// Keys that this file does not know are kept.
 
 const SOCKET = /^image_(\d+)$/;
 
@@ -80,17 +81,43 @@ export function changed(entries, index, key, value) {
 /**
  * The entries after the links changed. An input that lost its link closes the gap: the links behind
  * it move to the names before. So an entry stays with its link, or with its input when that was
- * given another link, and goes when both are gone.
- * @param before, now  Map of input name to link id
+ * given another link, and goes when both are gone. Its mask stays with it.
+ * @param was, now  {images, masks}: Maps of input name to link id
  */
-export function followed(entries, before, now) {
-  const names = new Map([...now].map(([source, link]) => [link, source]));
-  const old = new Set(before.values());
+export function followed(entries, was, now) {
+  const place = moves(was.images, now.images);
   return entries.flatMap((entry) => {
-    const link = before.get(entry.image);
-    if (link === undefined) return [entry];
-    const image = names.get(link) ?? entry.image;
-    const gone = !names.has(link) && (!now.has(image) || old.has(now.get(image)));
-    return gone ? [] : [{ ...entry, image }];
+    const image = place(entry.image);
+    return image === null ? [] : [masked({ ...entry, image }, entry, was.masks, now.masks)];
   });
+}
+
+/** Where is now what was wired to an input? Its name, null when it is gone; others stay. */
+function moves(was, now) {
+  const names = new Map([...now].map(([name, link]) => [link, name]));
+  const old = new Set(was.values());
+  return (name) => {
+    const link = was.get(name);
+    if (link === undefined) return name;
+    const to = names.get(link) ?? name;
+    const gone = !names.has(link) && (!now.has(to) || old.has(now.get(to)));
+    return gone ? null : to;
+  };
+}
+
+const NONE = "none"; // as a mask: not even the one that is wired to the input of that number
+
+const maskInput = (source) => (isSocket(source) ? source.replace("image", "mask") : "");
+
+/** The entry with the mask that it had as `old`; nothing is written that its number says already. */
+function masked(entry, old, was, now) {
+  const { mask: written, ...plain } = entry;
+  const own = maskInput(entry.image);
+  const from = written || maskInput(old.image);
+  if (written && written !== NONE && !was.has(written)) return entry; // a file, or one still to come
+  const known = [...was.values()].includes(now.get(own));
+  if (now.has(own) && !known) return plain; // a mask that was just wired to its number
+  const to = was.has(from) ? moves(was, now)(from) : null;
+  if (to) return to === own ? plain : { ...plain, mask: to };
+  return known ? { ...plain, mask: NONE } : plain; // another's mask that moved there is not its own
 }

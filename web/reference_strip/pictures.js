@@ -4,17 +4,17 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
-const INPUT = /^images\.(image_\d+)$/;
+const INPUT = /^(image|mask)s\.(\1_\d+)$/;
 const KIND = / \[(input|output|temp)\]$/;
 const BYPASSED = 4;
 const MUTED = 2;
 
-/** Map of input ("image_1") to its link, for the inputs that have one. */
-export function links(node) {
+/** Map of input ("image_1") to its link, for the inputs of this kind that have one. */
+export function links(node, kind = "image") {
   const found = new Map();
   (node.inputs ?? []).forEach((input, slot) => {
-    const source = INPUT.exec(input.name)?.[1];
-    const link = source && input.link != null ? node.getInputLink(slot) : null;
+    const [, is, source] = INPUT.exec(input.name) ?? [];
+    const link = is === kind && input.link != null ? node.getInputLink(slot) : null;
     if (link) found.set(source, link);
   });
   return found;
