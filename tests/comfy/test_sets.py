@@ -118,12 +118,12 @@ def test_a_changed_line_paints_only_its_picture(server: Any) -> None:
     assert len(files(server, "lines")) == 5
 
 
-def test_a_picture_that_cannot_be_made_leaves_the_others(server: Any) -> None:
+def test_a_set_that_is_too_long_is_refused_before_its_first_picture(server: Any) -> None:
     """A model with a sequence of 15 at most: what is wrong is said before anything is painted."""
-    prompt = graph("many", "the pictures before it", count=16)
-    messages = run(server, prompt, "many")
+    prompt = graph("sixteen", "the pictures before it", count=16)
+    messages = run(server, prompt, "sixteen")
     assert messages[-1][0] == "execution_error" and messages[-1][1]["node_id"] == "5"
-    assert "more than 15" in messages[-1][1]["exception_message"] and not files(server, "many")
+    assert "more than 15" in messages[-1][1]["exception_message"] and not files(server, "sixteen")
 
 
 def test_a_set_takes_each_item_of_a_wired_list(server: Any) -> None:
