@@ -22,21 +22,21 @@ BELOW_LOADERS = Box(-20, 730, 370, 260)
 TEXT_TO_IMAGE = Layout(
     nodes={
         **LOADERS,
-        "4": Box(420, 330, 400, 400),
+        "4": Box(420, 330, 400, 510),
         "5": Box(420, 0, 400, 200),
         "6": Box(900, 0, 330, 258),
-        "7": Box(900, 420, 330, 46),
+        "7": Box(900, 640, 330, 46),
         "9": Box(1310, 0, 440, 520),
     },
     groups=MODEL | {
-        "What to paint": Box(400, -80, 440, 840),
-        "Paint": Box(880, -80, 370, 740),
+        "What to paint": Box(400, -80, 440, 950),
+        "Paint": Box(880, -80, 370, 830),
         "Picture": Box(1290, -80, 480, 740),
     },
     notes={
         "Write what you want to see into the green node and press **Run**.\n\n"
         "- The seed changes after every run. Set *control after generate* to *fixed* to keep it.\n"
-        "- *shape* takes `16:9`, `poster` or `1216x832`.\n": Box(400, 830, 440, 170),
+        "- *shape* takes `16:9`, `poster` or `1216x832`.\n": Box(400, 930, 440, 170),
         WEIGHTS: BELOW_LOADERS,
     },
 )  # fmt: skip
@@ -47,7 +47,7 @@ MANY_SEEDS = Layout(
     notes={
         "*batch size* says how many pictures are painted in one go. Each has its own seed: the one "
         "of the sampler, the next, and so on.\n\nThe prompt is read once for all of them.\n":
-            Box(400, 830, 440, 170),
+            Box(400, 930, 440, 170),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={"4": "Canvas Size: four pictures"},
@@ -58,28 +58,28 @@ A, B, C, D = 400, 830, 1260, 1630  # columns of the larger workflows
 EDIT = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 310),
+        "4": Box(A, 0, 380, 480),
         "5": Box(B, 0, 380, 200),
         "6": Box(C, 0, 320, 258),
         "7": Box(D, 0, 320, 46),
         "14": Box(D, 90, 320, 230),
-        "8": Box(A, 450, 380, 200),
-        "10": Box(B, 450, 380, 200),
-        "9": Box(B, 750, 380, 260),
-        "11": Box(C, 450, 320, 258),
-        "12": Box(D, 450, 400, 46),
-        "13": Box(D, 540, 400, 460),
+        "8": Box(A, 620, 380, 200),
+        "10": Box(B, 620, 380, 200),
+        "9": Box(B, 890, 380, 480),
+        "11": Box(C, 620, 320, 258),
+        "12": Box(D, 620, 400, 46),
+        "13": Box(D, 710, 400, 460),
     },
     groups=MODEL | {
-        "1 · A picture to edit": Box(A - 20, -80, 1590, 420),
-        "2 · What to change": Box(A - 20, 370, 850, 660),
-        "3 · Paint the edit": Box(C - 20, 370, 810, 660),
+        "1 · A picture to edit": Box(A - 20, -80, 1590, 600),
+        "2 · What to change": Box(A - 20, 540, 850, 880),
+        "3 · Paint the edit": Box(C - 20, 540, 810, 880),
     },
     notes={
         "The upper row paints a picture to edit. For one of your own wire *Load Image* to image_1 "
         "of *References*, or drop a file on that node, and delete the row.\n\n"
         "The lower *Canvas Size* takes the size of the first reference, so that nothing shifts.\n":
-            Box(A - 20, 1200, 850, 120),
+            Box(A - 20, 1480, 850, 120),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={"5": "Encode Instruction: the picture", "10": "Encode Instruction: the edit"},
@@ -89,31 +89,31 @@ EDIT = Layout(
 COMPOSE = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 400),
+        "4": Box(A, 0, 380, 500),
         "5": Box(B, 0, 380, 200),
         "6": Box(C, 0, 320, 258),
         "7": Box(D, 0, 320, 46),
         "16": Box(D, 90, 320, 230),
-        "8": Box(B, 450, 380, 200),
-        "9": Box(C, 450, 320, 258),
-        "10": Box(D, 450, 320, 46),
-        "17": Box(D, 540, 320, 230),
-        "11": Box(A, 900, 380, 220),
-        "12": Box(B, 900, 380, 200),
-        "13": Box(C, 900, 320, 258),
-        "14": Box(D, 900, 400, 46),
-        "15": Box(D, 990, 400, 330),
+        "8": Box(B, 620, 380, 200),
+        "9": Box(C, 620, 320, 258),
+        "10": Box(D, 620, 320, 46),
+        "17": Box(D, 710, 320, 230),
+        "11": Box(A, 1240, 380, 220),
+        "12": Box(B, 1240, 380, 200),
+        "13": Box(C, 1240, 320, 258),
+        "14": Box(D, 1240, 400, 46),
+        "15": Box(D, 1330, 400, 330),
     },
     groups=MODEL | {
-        "Size": Box(A - 20, -80, 420, 500),
-        "Image 1": Box(B - 20, -80, 1160, 420),
-        "Image 2": Box(B - 20, 370, 1160, 420),
-        "Both in one picture": Box(A - 20, 820, 1670, 530),
+        "Size": Box(A - 20, -80, 420, 620),
+        "Image 1": Box(B - 20, -80, 1160, 600),
+        "Image 2": Box(B - 20, 540, 1160, 600),
+        "Both in one picture": Box(A - 20, 1160, 1670, 620),
     },
     notes={
         "Two pictures are painted first. For your own wire *Load Image* to image_1, image_2, … of "
         "*References*, which grows up to 14, or drop files on it, and delete the upper two rows."
-        "\n\nThe instruction calls them `image 1`, `image 2`, …\n": Box(A - 20, 490, 420, 200),
+        "\n\nThe instruction calls them `image 1`, `image 2`, …\n": Box(A - 20, 610, 420, 200),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={
