@@ -145,6 +145,14 @@ def arguments(
     return args
 
 
+def chosen(words: str, known: Sequence[str]) -> list[str]:
+    """Those of `known` that `words` name, with commas between them; all for "". Exits on others."""
+    names = [word.strip() for word in words.split(",") if word] or [*known]
+    if unknown := {*names}.difference(known):
+        sys.exit(f"Unknown: {', '.join(unknown)}; there are {'; '.join(known)}.")
+    return names
+
+
 def circumstances() -> dict[str, object]:
     """What has to be known about this machine, now, to read the numbers."""
     threads = torch.get_num_threads()

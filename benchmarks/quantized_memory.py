@@ -9,7 +9,6 @@ layers: the buffer for the largest weight in full precision, keys and values, ac
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,7 @@ from ..model_loaders.load import load_dit
 from ..quant.linear import Holder, QuantizedLinear
 from ._dits import config_of, random_scene, randomize
 from ._quantized_files import KINDS, write
-from .protocol import arguments, peak_memory, resident_memory, show
+from .protocol import arguments, chosen, peak_memory, resident_memory, show
 
 STAYS, PEAK = 1.05, 1.15
 
@@ -96,9 +95,7 @@ def measure(
 def main() -> None:
     tiny = {"layers": 2, "heads": 2, "side": 4}
     args = arguments(__doc__, tiny=tiny, layers=8, heads=12, side=16, formats="")
-    kinds = [word.strip() for word in args.formats.split(",") if word] or [*KINDS]
-    if unknown := {*kinds}.difference(KINDS):
-        sys.exit(f"Unknown formats: {', '.join(unknown)}; there are {', '.join(KINDS)}.")
+    kinds = chosen(args.formats, [*KINDS])
     rows = measure(kinds, args.layers, args.heads, args.side, args.threads)
     note = f"of the file's size; bars: stays {STAYS}, peak {PEAK}, without the buffer, keys and "
     title = f"Memory with quantized files, {args.layers} layers x {128 * args.heads}"

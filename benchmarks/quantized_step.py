@@ -14,7 +14,6 @@ ATEN_CPU_CAPABILITY=avx2 show a processor without units for bf16 and VNNI.
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,7 +35,7 @@ from ._dits import (
     randomize,
 )
 from ._quantized_files import KINDS, write
-from .protocol import arguments, difference, interleave, keep_freed_memory, show
+from .protocol import arguments, chosen, difference, interleave, keep_freed_memory, show
 
 EXACT, ROUNDED = 1e-5, 1e-2
 PLAIN = "int8_tensorwise"
@@ -115,9 +114,7 @@ def _step(network: Any, scene: Any) -> Callable[[], Tensor]:
 def main() -> None:
     tiny = {"layers": 1, "heads": 2, "side": 4}
     args = arguments(__doc__, tiny=tiny, layers=2, heads=32, side=32, formats="")
-    kinds = [word.strip() for word in args.formats.split(",") if word] or [*KINDS]
-    if unknown := {*kinds}.difference(KINDS):
-        sys.exit(f"Unknown formats: {', '.join(unknown)}; there are {'; '.join(KINDS)}.")
+    kinds = chosen(args.formats, [*KINDS])
     rows = measure(kinds, args.layers, args.heads, args.side, args.runs)
     fast = f"processor with bf16 arithmetic: {has_bf16_products()}"
     size = f"{args.layers} layers x {128 * args.heads}, {args.side**2} tokens"

@@ -28,6 +28,18 @@ from .sampling import Settings, knobs, prepared, seed_input
 PICTURES = [f"picture_{k}" for k in range(1, MAX_SET + 1)]
 
 
+def wires() -> list[io.Input]:
+    """What every node that paints takes from the set."""
+    kinds = {"model": io.Model, "clip": io.Clip, "vae": io.Vae, "latent": io.Latent}
+    return [kind.Input(name, tooltip="As the set has it.") for name, kind in kinds.items()]
+
+
+def gathered(done: list[Tensor], output: str) -> tuple[list[Tensor], Tensor]:
+    """Pictures (1, H, W, C) as a list, or one batch, and all of them small in a grid."""
+    sheet = contact_sheet([picture[0] for picture in done])[None]
+    return [torch.cat(alike(done))] if output == "batch" else done, sheet
+
+
 class SeedlingSetPicture(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,10 +51,7 @@ class SeedlingSetPicture(io.ComfyNode):
             is_dev_only=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="As the set has it."),
-                io.Clip.Input("clip", tooltip="As the set has it."),
-                io.Vae.Input("vae", tooltip="As the set has it."),
-                io.Latent.Input("latent", tooltip="As the set has it."),
+                *wires(),
                 io.String.Input("prompt", tooltip="Of this picture."),
                 io.String.Input("negative", tooltip="As the set has it."),
                 seed_input(),
@@ -102,9 +111,7 @@ class SeedlingSetPictures(io.ComfyNode):
     def execute(cls, **lists: Any) -> io.NodeOutput:
         given = taken(lists)
         done = in_order(given.get("earlier"), given.get("pictures", {}))
-        sheet = contact_sheet([picture[0] for picture in done])[None]
-        together = [torch.cat(alike(done))] if given["output"] == "batch" else done
-        return io.NodeOutput(together, sheet)
+        return io.NodeOutput(*gathered(done, given["output"]))
 
 
 class SeedlingSetAtOnce(io.ComfyNode):
@@ -118,10 +125,7 @@ class SeedlingSetAtOnce(io.ComfyNode):
             is_dev_only=True,
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="As the set has it."),
-                io.Clip.Input("clip", tooltip="As the set has it."),
-                io.Vae.Input("vae", tooltip="As the set has it."),
-                io.Latent.Input("latent", tooltip="As the set has it."),
+                *wires(),
                 io.String.Input("members", tooltip="Prompt and seed of each, as JSON."),
                 io.String.Input("negative", tooltip="As the set has it."),
                 *knobs(),
@@ -145,9 +149,7 @@ class SeedlingSetAtOnce(io.ComfyNode):
         loaded = here.loaded(given["model"])
         known = f"\n{told(loaded)}" if loaded is not None else ""
         here.tell(f"{len(done)} pictures at once{known}")
-        sheet = contact_sheet([picture[0] for picture in done])[None]
-        together = [torch.cat(alike(done))] if given["output"] == "batch" else done
-        return io.NodeOutput(together, sheet, done)
+        return io.NodeOutput(*gathered(done, given["output"]), done)
 
 
 def pictures() -> Any:
