@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from ..sampling.sets import Failure, plan_set, run_set
 from . import _pipelines
 from ._dits import config_of
 from ._pipelines import PARTS, Meter, meter_of
-from .protocol import Times, arguments, difference, interleave, show
+from .protocol import Times, arguments, difference, interleave, keep_freed_memory, show
 
 LIMIT = 1e-4  # of the picture's range
 ROOM = 1 << 40
+NEGATIVE = "blurred, low quality"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def table(case: Case, sides: dict[str, Side]) -> list[dict[str, object]]:
 def once(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, Times]:
     """Each way once, in turn: for sides of minutes. Not at all for 0 runs."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    keep_freed_memory()
     times = {}
     for name, way in ways.items():
         start = clock()
@@ -197,8 +199,8 @@ def calls(case: Case, count: int) -> Iterator[tuple[str, Callable[[], dict[str, 
         }
 
     def guided() -> dict[str, Side]:
-        more = {"negative_prompt": "blurred", "true_cfg_scale": 2.5}
-        task = case.task(words(0), count, negative="blurred")
+        more = {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.5}
+        task = case.task(words(0), count, negative=NEGATIVE)
         task = Task(**{**vars(task), "guidance": 2.5})
         return {
             "diffusers, its cache": Side(lambda: case.call(words(0), images, **more)),
@@ -218,6 +220,61 @@ def seeds(case: Case, count: int, many: int) -> dict[str, Side]:
             lambda: case.make(case.task(words(0), count, count=many), PrefixStore(ROOM)), many
         ),
     }
+
+
+def prefill(case: Case, count: int) -> Callable[..., list[Any]]:
+    """Has encoder and DiT read references with a prompt and with a negative one, each with a store
+    of its own or the same: the prefixes. The references' latents are there."""
+    case.ours.store = PrefixStore(ROOM)
+    ours, task = case.ours, case.task(words(0), count)
+    plan = ours.plan(task)
+    shown = ours._references(task, plan)
+
+    def read(*stores: PrefixStore) -> list[Any]:
+        return [
+            ours.family.prefix(
+                ours.dit.module, ours.encoder.module, text, *shown, room=plan.tokens,
+                dtype=torch.float32, store=store,
+            )
+            for text, store in zip((words(0), NEGATIVE), stores, strict=True)
+        ]  # fmt: skip
+
+    return read
+
+
+def branches(case: Case, count: int) -> dict[str, Side]:
+    """The prefill of both branches of guidance: each on its own, and over shared references."""
+    read = prefill(case, count)
+
+    def own(shared: bool) -> None:
+        first = PrefixStore(ROOM)
+        read(first, first if shared else PrefixStore(ROOM))
+
+    return {
+        "seedling, apart": Side(lambda: own(False)), "seedling, shared": Side(lambda: own(True)),
+    }  # fmt: skip
+
+
+def branch_bytes(case: Case, count: int) -> str:
+    """Keys and values of both branches in the DiT, of diffusers and ours."""
+    caches: dict[int, Any] = {}
+
+    def catch(_: Any, __: Any, given: dict[str, Any]) -> None:
+        caches[id(given["kv_cache"])] = given["kv_cache"]
+
+    hook = case.theirs.transformer.register_forward_pre_hook(catch, with_kwargs=True)
+    replace(case, steps=1).call(
+        words(0), case.pictures[:count], negative_prompt=NEGATIVE, true_cfg_scale=2.5
+    )
+    hook.remove()
+    theirs = sum(x.k.nbytes + x.v.nbytes for cache in caches.values() for x in cache.layer_caches)
+    store = PrefixStore(ROOM)
+    kept = [prefix.kept for prefix in prefill(case, count)(store, store)]
+    ours = sum({id(block): block.bytes for one in kept for block in one.blocks}.values())
+    return (
+        f"keys and values of both branches: diffusers {theirs / 1e6:.1f} MB, seedling "
+        f"{ours / 1e6:.1f} MB, {ours / theirs:.2f} of that"
+    )
 
 
 def sequence(case: Case, count: int, many: int) -> dict[str, Side]:
@@ -259,9 +316,12 @@ def measure(args: Any, folder: Path) -> Iterator[tuple[str, list[dict[str, objec
                  lambda: seeds(case, references, args.seeds)))  # fmt: skip
     made.append((f"A sequence of {args.pictures} with 2 references, for each picture",
                  lambda: sequence(case, 2, args.pictures)))  # fmt: skip
+    both = f"{references} references, the prefill of both branches of guidance"
+    made.append((both, lambda: branches(case, references)))
     for number, (title, sides) in enumerate(made, start=1):
         if args.part in (0, number):
-            yield title, table(case, sides()), [note]
+            notes = [note, *([branch_bytes(case, references)] if title == both else [])]
+            yield title, table(case, sides()), notes
 
 
 def main() -> None:

@@ -79,6 +79,7 @@ class PrefixStore:
         self._used: set[bytes] = set()  # since the run began
         self._numbers = count()
         self._known: dict[int, tuple[Tensor, bytes]] | None = None
+        self._changes: dict[int, int] = {}
         self._device = torch.device("cpu")
 
     @classmethod
@@ -150,8 +151,9 @@ class PrefixStore:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Until the end of the block nobody changes a tensor: each is hashed once."""
+        """Until the end of the block nobody changes a tensor: each is looked at once."""
         self._known = {}
+        self._changes.clear()
         try:
             yield
         finally:
@@ -229,7 +231,10 @@ class PrefixStore:
         if owner not in self._owners:
             self.mark(owner)
         number, facts = self._owners[owner]
-        return self._hash(b"", (kind, number, facts, changes(owner)))
+        seen = self._changes.get(number) if self._known is not None else None
+        if seen is None:
+            seen = self._changes[number] = changes(owner)
+        return self._hash(b"", (kind, number, facts, seen))
 
     def _trunk(self, kind: str, owner: Any) -> Trunk:
         trunks = self._trunks.setdefault(owner, {})
@@ -269,7 +274,7 @@ class PrefixStore:
         if isinstance(part, Tensor):
             self._device = part.device if part.device.type != "cpu" else self._device
             state.update(self._hash_of(part))
-        elif isinstance(part, tuple | list):
+        elif isinstance(part, tuple | list) and not all(isinstance(item, int) for item in part):
             state.update(b"(%d" % len(part))
             for item in part:
                 self._feed(state, item)

@@ -33,6 +33,7 @@ from seedling.model_loaders.families.qwen_image_21.templates import (
     PromptTokenizer,
     find_tokenizer,
 )
+from seedling.model_loaders.qwen_vl import positions
 from seedling.model_loaders.tokenizers import PromptError, TokenizerError, byte_level_bpe
 from seedling.quant.operations import widened
 
@@ -232,14 +233,27 @@ def test_every_weight_learns(encoder: Encoder) -> None:
     assert silent == []
 
 
-def test_text_before_can_come_from_a_cache(encoder: Encoder) -> None:
+def test_text_before_is_not_read_again(encoder: Encoder) -> None:
+    """In parts, with the keys and values of those before, as in one piece."""
     ids = torch.tensor([TOKENIZER.prompt("the red cup").ids])
     slots = torch.zeros_like(ids, dtype=torch.bool)
-    cache = transformers.DynamicCache()
+    embedded, where = encoder.model.model.language_model.embed_tokens(ids), positions(slots, [])
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def see(layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        old = kept.get(layer)
+        joined = new if old is None else [torch.cat(pair, 2) for pair in zip(old, new, strict=True)]
+        kept[layer] = joined[0], joined[1]
+        return kept[layer]
+
     with torch.no_grad():
         whole = encoder.model(ids, slots)
-        encoder.model(ids[:, :20], slots[:, :20], past_key_values=cache)
-        close(encoder.model(ids[:, 20:], slots[:, 20:], past_key_values=cache), whole[:, 20:])
+        for start, end in ((0, 20), (20, ids.shape[1])):
+            part = slice(start, end)
+            read = encoder.model.read(
+                embedded[:, part], slots[:, part], None, where[..., part], see, start
+            )
+            close(read, whole[:, part])
 
 
 def test_built_on_meta_then_filled(encoder: Encoder, oracle: Any) -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from seedling.model_loaders.families.qwen_image_21.encoder import cuts
+from seedling.model_loaders.families.qwen_image_21.sequence import runs_of, segments_of
 from seedling.model_loaders.load import load_dit, load_encoder, load_vae
 from seedling.sampling import SamplingError
 from seedling.sampling.pipeline import Picture, Pipeline, Task
@@ -179,8 +181,6 @@ def tokens_of(pipeline: Pipeline, prompt: str, count: int) -> list[int]:
     encoder = pipeline.encoder.module
     slots = [p.shape[0] * p.shape[1] // 32**2 for p in PICTURES[:count]]
     ids = encoder.tokenizer.prompt(prompt, slots)
-    from seedling.model_loaders.families.qwen_image_21.encoder import cuts
-
     ends = cuts(ids.slots, ids.dropped)
     starts = [ids.dropped, *ends[:-1]]
     return [
@@ -189,7 +189,8 @@ def tokens_of(pipeline: Pipeline, prompt: str, count: int) -> list[int]:
 
 
 def test_a_new_prompt_computes_its_own_words(pipeline: Pipeline) -> None:
-    """And with a long one, only the blocks of 64 from the first change on."""
+    """And with a long one, only the blocks of 64 from the first change on: the last has the rest
+    of less than 64 with it."""
     pictures(pipeline, EDIT)
     again = computed(pipeline, replace(EDIT, prompt="blue"))
     words = tokens_of(pipeline, "blue", 2)[-1]
@@ -198,9 +199,26 @@ def test_a_new_prompt_computes_its_own_words(pipeline: Pipeline) -> None:
     computed(pipeline, replace(EDIT, prompt=LONG))
     changed = LONG[:-9] + "a bird"
     blocks = tokens_of(pipeline, changed, 2)
-    assert len(blocks) >= 4 and blocks[2] == 64
+    assert len(blocks) >= 4 and blocks[2:-1] == [64] * (len(blocks) - 3)
+    assert 64 <= blocks[-1] < 128
     again = computed(pipeline, replace(EDIT, prompt=changed))
     assert again["prefix"] in (blocks[-1], sum(blocks[-2:])) and again["latents"] == 0
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(1, 100))
+def test_encoder_and_dit_cut_at_the_same_tokens(words: list[int], dropped: int) -> None:
+    """Words with a picture between them, behind a system turn that the DiT does not read."""
+    slots = [False] * dropped
+    for count in words:
+        slots += [*[False] * count, *[True] * 2]
+    slots += [False] * words[0]
+    grids = [(2, 4)] * len(words)
+    runs = runs_of(segments_of(torch.tensor(slots[dropped:]), grids))
+    ends = cuts(slots, dropped)
+    tokens = [sum(4 if slot else 1 for slot in slots[dropped:end]) for end in ends]
+    assert tokens == [run[-1].end for run in runs]
+    alone = [sum(s.end - s.start for s in run) for run in runs if run[-1].grid is None]
+    assert all(size < 128 for size in alone) and runs[0][0].start == 0
 
 
 def test_from_a_swapped_reference_on_everything_is_new(pipeline: Pipeline) -> None:

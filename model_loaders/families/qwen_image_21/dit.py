@@ -134,7 +134,10 @@ class FeedForward(nn.Module):
         self.out = ops.Linear(c.mlp_dim, c.dim, bias=False, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate_layer(x)) * self.proj(x))
+        gate, y = self.gate_layer(x), self.proj(x)
+        if torch.is_grad_enabled():
+            return self.out(F.silu(gate) * y)
+        return self.out(F.silu(gate, inplace=True).mul_(y))
 
 
 class Block(nn.Module):

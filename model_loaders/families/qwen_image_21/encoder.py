@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...layers import WORDS, Block, See, Store, computed
+from ...layers import Block, See, Store, computed
 from ...qwen_vl import MERGE, Grid, on_white, positions
 from ...qwen_vl import patches as shared_patches
 from .qwen3_vl import PATCH, EncoderConfig, Qwen3VL, tiny_config
+from .sequence import ends_of
 from .templates import PromptTokenizer
 
 __all__ = [  # a caller needs this module and the tokenizer's, not the network's
@@ -94,9 +94,7 @@ class Encoder:
         def compute(see: See) -> Tensor:
             x = model.model.language_model.embed_tokens(torch.tensor([own], device=self.device))
             seen = self._look(shown[0], x, store) if shown else None
-            mask = torch.ones(len(own), len(ids), dtype=torch.bool, device=x.device)
-            mask = mask.tril(len(ids) - len(own))[None, None]
-            return model.read(x, slots, seen, where, Seen(see), mask)
+            return model.read(x, slots, seen, where, see, len(ids) - len(own))
 
         return Block(len(own), (own, *shown), compute)
 
@@ -124,18 +122,8 @@ class Encoder:
         return self.model(input_ids, slots, pixel_values, list(grid_thw))
 
 
-class Seen:
-    """What transformers takes for its cache: keys and values go where `see` says."""
-
-    def __init__(self, see: See) -> None:
-        self.see = see
-
-    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        return self.see(layer, k, v)
-
-
 def cuts(slots: Sequence[bool], dropped: int) -> list[int]:
-    """Where blocks end: behind each picture, and after every `WORDS` tokens of words alone.
+    """Where blocks end: behind each picture, and in words alone where `ends_of` says.
 
     The first `dropped` tokens, which every prompt has, belong to the first block. So the blocks of
     the diffusion model, which does not read them, are these.
@@ -143,7 +131,7 @@ def cuts(slots: Sequence[bool], dropped: int) -> list[int]:
     ends, start = [], 0
     for is_picture, run in itertools.groupby(slots):
         end = start + len(list(run))
-        ends += [end] if is_picture else range(max(start, dropped) + WORDS, end, WORDS)
+        ends += [end] if is_picture else ends_of(max(start, dropped), end)[:-1]
         start = end
     return ends if ends and ends[-1] == start else [*ends, start]
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....quant.operations import TORCH, Operations
-from ...layers import make_tables, replace_layers
+from ...layers import See, make_tables, replace_layers
 from ...qwen_vl import MERGE, TEMPORAL, Grid, PatchEmbed, positions, published_config
 from ...shapes import count
 
@@ -161,18 +162,15 @@ class Qwen3VL(nn.Module):
         slots: Tensor,
         patches: Tensor | None = None,
         grids: Sequence[Grid] = (),
-        past_key_values: Any = None,
     ) -> Tensor:
         """Hidden states (B, L, hidden) of rows of equal length, nothing padded.
 
         `ids` (B, L); `slots` (B, L) True where a vision token goes; `patches` (P, 1536) of all
-        pictures, row by row; `grids` rows and columns of patches of each. `past_key_values`: a
-        transformers cache of the text before these tokens, which must hold no picture.
+        pictures, row by row; `grids` rows and columns of patches of each.
         """
         x = self.model.language_model.embed_tokens(ids)
         seen = None if patches is None else self.look(patches.to(x.device, x.dtype), grids)
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return self.read(x, slots, seen, positions(slots, grids) + start, past_key_values)
+        return self.read(x, slots, seen, positions(slots, grids))
 
     def look(self, patches: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """What the vision tower makes of pictures, each (S, hidden): vision tokens, and features
@@ -189,26 +187,39 @@ class Qwen3VL(nn.Module):
         slots: Tensor,
         seen: Sequence[Tensor] | None,
         where: Tensor,
-        past_key_values: Any = None,
-        mask: Tensor | None = None,
+        see: See | None = None,
+        before: int = 0,
     ) -> Tensor:
         """Hidden states of embedded tokens x (B, L, hidden) at positions `where` (3, B, L).
 
-        `seen` is what `look` saw for the `slots`. `mask` (1, 1, L, all tokens so far) bool, when
-        `past_key_values` cannot tell how many there are.
+        `seen` is what `look` saw for the `slots`. `see` keeps keys and values, and returns those of
+        all tokens up to these; so many are `before` them.
         """
+        text: Any = self.model.language_model
+        features = [] if seen is None else [f.to(x.dtype) for f in seen[1:]]
         if seen is not None:
             x = x.masked_scatter(slots[..., None], seen[0].to(x.dtype))
-        output = self.model.language_model(
-            inputs_embeds=x,
-            attention_mask=mask,
-            position_ids=where,
-            visual_pos_masks=slots if seen else None,
-            deepstack_visual_embeds=list(seen[1:]) if seen else None,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+        turn, mask = [part.unsqueeze(1) for part in text.rotary_emb(x, where)], None
+        if before:
+            mask = torch.ones(x.shape[1], before + x.shape[1], dtype=torch.bool, device=x.device)
+            mask = mask.tril(before)
+        for index, layer in enumerate(text.layers):
+            q, k, v = self._heads(layer.self_attn, layer.input_layernorm(x), turn)
+            k, v = see(index, k, v) if see else (k, v)
+            x = x + layer.self_attn.o_proj(attend(q, k, v, mask))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if index < len(features):
+                x = x.masked_scatter(slots[..., None], x[slots] + features[index])
+        return x
+
+    def _heads(self, layer: Any, x: Tensor, turn: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Rotated queries and keys, and values, of x (B, L, hidden): (B, heads, L, head_dim)."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.config.head_dim))
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
-        return output.last_hidden_state
+        q, k = layer.q_norm(q).transpose(1, 2), layer.k_norm(k).transpose(1, 2)
+        return rotate_halves(q, *turn), rotate_halves(k, *turn), v.transpose(1, 2)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None, std: float = 0.02) -> Qwen3VL:
@@ -219,6 +230,21 @@ class Qwen3VL(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
         return self
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, heads, L, head_dim), channel i with channel i + head_dim / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, heads, L, head_dim) to k and v of fewer heads, which it shares, as `mask`
+    (L, keys) says, else causal: (B, L, heads * head_dim)."""
+    count = q.shape[1] // k.shape[1]
+    k, v = (x.unsqueeze(2).expand(-1, -1, count, -1, -1).flatten(1, 2) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.transpose(1, 2).flatten(2)
 
 
 def _transformers_config(config: EncoderConfig) -> Any:

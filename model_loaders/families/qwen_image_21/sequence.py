@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,7 +101,7 @@ def segments_of(slots: Tensor, grids: Sequence[tuple[int, int]]) -> list[Segment
 
 
 def runs_of(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments as blocks: an image with the words before it, and words alone, `WORDS` at a time."""
+    """Segments as blocks: an image with the words before it, and words alone as `ends_of` says."""
     runs: list[list[Segment]] = []
     open_run: list[Segment] = []
     for segment in segments:
@@ -108,13 +109,17 @@ def runs_of(segments: Sequence[Segment]) -> list[list[Segment]]:
             runs.append([*open_run, segment])
             open_run = []
             continue
-        for start in range(segment.start, segment.end, WORDS):
-            part = Segment(start, min(start + WORDS, segment.end), None)
-            if part.end < segment.end:
-                runs.append([part])
-            else:
-                open_run = [part]
+        ends = ends_of(segment.start, segment.end)
+        parts = pairwise([segment.start, *ends])
+        *whole, open_run = [[Segment(start, end, None)] for start, end in parts]
+        runs += whole
     return [*runs, open_run] if open_run else runs
+
+
+def ends_of(start: int, end: int) -> list[int]:
+    """Where the blocks of a run of words end: after every `WORDS`, and a rest that is shorter goes
+    with the block before it, because it would take as long as all of that."""
+    return [*range(start + WORDS, end - WORDS + 1, WORDS), end]
 
 
 def prefix_positions(segments: Sequence[Segment], position: int = 0) -> tuple[Tensor, int]:
