@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from ..quant.linear import Buffer, QuantizedLinear
 
 Weights = Mapping[str, Tensor]
 Made = tuple[dict[str, Tensor], dict[str, Any]]
-SPREAD = {"Q8_0": 74, "Q6_K": 1900, "Q4_K": 300}  # of random codes, times the scale
+# Of GGUF's random codes times their blocks' scales, and where in a block fp16 scales lie.
+SPREAD = {
+    "Q8_0": (74, 0), "Q6_K": (1900, 208), "Q5_K": (600, 0, 2), "Q4_K": (300, 0, 2),
+    "Q3_K": (43, 108), "Q2_K": (15, 80, 82), "Q4_0": (5, 0), "Q4_1": (9, 0, 2), "Q5_0": (9, 0),
+    "Q5_1": (18, 0, 2), "IQ4_NL": (66, 0), "IQ4_XS": (1200, 0),
+}  # fmt: skip
 
 
 def _int8(weight: Tensor, **settings: Any) -> Made:
@@ -32,10 +38,11 @@ def _convrot(weight: Tensor) -> Made:
     return _int8(weight, convrot=True, convrot_groupsize=64 if weight.shape[1] % 256 else 256)
 
 
-def _float8(weight: Tensor) -> Made:
-    scale = weight.abs().max() / 448
-    tensors = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
-    return tensors, {"format": "float8_e4m3fn"}
+def _float8(weight: Tensor, format: str) -> Made:
+    dtype = getattr(torch, format)
+    scale = weight.abs().max() / torch.finfo(dtype).max
+    tensors = {"weight": (weight / scale).to(dtype), "weight_scale": scale}
+    return tensors, {"format": format}
 
 
 def _bytes(*shape: int) -> Tensor:
@@ -91,12 +98,13 @@ def _grouped(weight: Tensor, bits: int) -> Made:
 MAKERS: dict[str, Callable[[Tensor], Made]] = {
     "int8_tensorwise": _int8,
     "int8 ConvRot": _convrot,
-    "float8_e4m3fn": _float8,
+    "float8_e4m3fn": partial(_float8, format="float8_e4m3fn"),
+    "float8_e5m2": partial(_float8, format="float8_e5m2"),
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
     "convrot_w4a4": _rotated4,
-    "asym_w4a8_int8": lambda weight: _grouped(weight, 4),
-    "asym_w6a8_int8": lambda weight: _grouped(weight, 6),
+    "asym_w4a8_int8": partial(_grouped, bits=4),
+    "asym_w6a8_int8": partial(_grouped, bits=6),
 }
 GGUFS = tuple(f"GGUF {kind}" for kind in SPREAD)
 NF4 = "NF4"
@@ -125,24 +133,67 @@ def write(kind: str, weights: Weights, folder: Path) -> Path:
 
 
 def layer(kind: str, weight: Tensor) -> QuantizedLinear:
-    """One layer of this format, without a file; GGUF of any type."""
+    """One layer of this format, without a file."""
     out, width = shape = (weight.shape[0], weight.shape[1])
     if kind.startswith("GGUF "):
         name = kind.removeprefix("GGUF ")
         block, size, _ = TYPES[name]
         parts, settings = {"weight": _bytes(out, width // block * size)}, {"type": name}
         settings["format"] = "gguf"
-    elif kind == NF4:
-        parts = {
-            "weight": _bytes(out * width // 2, 1),
-            "absmax": torch.ones(out * width // 64),
-            "quant_map": torch.linspace(-1, 1, 16),
-        }
-        settings = {"format": "nf4", "blocksize": 64}
     else:
-        parts, settings = MAKERS[kind](weight)
+        parts, settings = (MAKERS | LAYERS)[kind](weight)
     layout = layout_of(settings["format"], Parts(parts, shape, settings=settings))
     return QuantizedLinear(layout, None, Buffer())
+
+
+def _four_bit(weight: Tensor, format: str) -> Made:
+    count = weight.numel()
+    parts = {
+        "weight": _bytes(count // 2, 1),
+        "absmax": torch.ones(count // 64),
+        "quant_map": torch.linspace(-1, 1, 16),
+    }
+    return parts, {"format": format, "blocksize": 64}
+
+
+def _llm_int8(weight: Tensor) -> Made:
+    tensors, _ = _int8(weight)
+    return {"weight": tensors["weight"], "SCB": tensors["weight_scale"] * 127}, {
+        "format": "llm_int8"
+    }
+
+
+def _svdquant(weight: Tensor, format: str, rank: int = 32) -> Made:
+    out, width = weight.shape
+    parts = {
+        "weight": _bytes(out, width // 2).view(torch.int8),
+        "proj_down": torch.randn(width, rank).bfloat16(),
+        "proj_up": torch.randn(out, rank).bfloat16(),
+        "smooth_factor": torch.ones(width).bfloat16(),
+    }
+    if format == "svdquant_nvfp4":
+        return {**parts, "wscales": torch.ones(width // 16, out).to(torch.float8_e4m3fn)}, {
+            "format": format
+        }
+    return {**parts, "wscales": torch.ones(width // 64, out).bfloat16()}, {"format": format}
+
+
+def _awq(weight: Tensor) -> Made:
+    out, width = weight.shape
+    numbers = torch.ones(width // 64, out).bfloat16()
+    stored = _bytes(out // 4, 2 * width).view(torch.int32)
+    return {"weight": stored, "wscales": numbers, "wzeros": numbers}, {"format": "awq_w4a16"}
+
+
+# Of which `layer` makes one layer, but `write` no file.
+LAYERS: dict[str, Callable[[Tensor], Made]] = {
+    "NF4": partial(_four_bit, format="nf4"),
+    "FP4": partial(_four_bit, format="fp4"),
+    "int8 of bitsandbytes": _llm_int8,
+    "SVDQuant int4": partial(_svdquant, format="svdquant_int4"),
+    "SVDQuant nvfp4": partial(_svdquant, format="svdquant_nvfp4"),
+    "AWQ int4": _awq,
+}
 
 
 def _nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -164,14 +215,14 @@ def _gguf(weights: Weights, path: Path, kind: str) -> Path:
     block, size, _ = TYPES[kind]
     writer = gguf.GGUFWriter(path, "qwen_image21")
     random = np.random.default_rng(0)
-    places = {"Q4_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
+    spread, *places = SPREAD[kind]
     for name, weight in weights.items():
         if weight.ndim != 2 or weight.shape[1] % block:
             writer.add_tensor(name, weight.numpy())
             continue
         shape = (weight.shape[0], weight.shape[1] // block)
         raw = random.integers(0, 256, (*shape, size), dtype=np.uint8)
-        scale = weight.shape[1] ** -0.5 / SPREAD[kind]
+        scale = weight.shape[1] ** -0.5 / spread
         for place in places:
             raw[..., place : place + 2] = np.full((*shape, 1), scale, np.float16).view(np.uint8)
         writer.add_tensor(

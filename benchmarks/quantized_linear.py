@@ -2,7 +2,7 @@
 
 Every format: the time of a product with everything that it takes (numbers from codes, rounded
 inputs), beside torch's fp32 product of the same size. int8: the error, also with inputs made to
-overflow.
+overflow. `--formats "nvfp4,GGUF Q4_K"` chooses; `--wide 0` leaves this out.
 
 Inputs along the signs of a row of weights make all products of one sign, so that sums of 16 bits
 would overflow; others are all positive, have one large channel, or one huge token. The error may be
@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from ..quant.int8_product import levels
 from ..quant.integers import Int8
 from ..quant.layouts import Parts
 from ..quant.linear import Buffer, QuantizedLinear
-from ._quantized_files import KINDS, layer
-from .protocol import arguments, interleave, keep_freed_memory, show
+from ._quantized_files import KINDS, LAYERS, layer
+from .protocol import arguments, chosen, interleave, keep_freed_memory, show
 
 LIMIT = {255: 1e-2, 127: 2e-2, 0: 1e-5}  # by the levels of inputs
 LARGE = "one channel 10 times as large"
@@ -99,7 +99,7 @@ def kinds_of_inputs(tokens: int, weight: Tensor) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def formats(wide: int, tokens: int, runs: int) -> list[dict[str, object]]:
+def formats(kinds: Sequence[str], wide: int, tokens: int, runs: int) -> list[dict[str, object]]:
     """The speed of a layer (wide, wide) in each format, beside fp32."""
     keep_freed_memory()
     torch.manual_seed(1)
@@ -107,7 +107,7 @@ def formats(wide: int, tokens: int, runs: int) -> list[dict[str, object]]:
     sides: dict[str, Callable[[], Tensor]] = {
         "fp32": partial(torch.nn.functional.linear, x, weight)
     }
-    for kind in (*KINDS, *(f"GGUF {name}" for name in ("Q5_K", "Q3_K", "IQ4_XS"))):
+    for kind in kinds:
         sides[kind] = partial(layer(kind, weight), x)
     for side in sides.values():
         side()
@@ -173,9 +173,11 @@ def beside_comfyui(
 
 def main() -> None:
     tiny = {"wide": 256, "long": 32, "width": 128, "tokens": 32}
-    args = arguments(__doc__, tiny=tiny, wide=4096, long=1024, width=2048, tokens=256)
+    numbers = {"wide": 4096, "long": 1024, "width": 2048, "tokens": 256}
+    args = arguments(__doc__, tiny=tiny, **numbers, formats="")
     if args.wide:
-        rows = formats(args.wide, args.long, args.runs)
+        kinds = chosen(args.formats, [*dict.fromkeys((*KINDS, *LAYERS))])
+        rows = formats(kinds, args.wide, args.long, args.runs)
         show(f"One layer of {args.wide}, {args.long} tokens", rows, args.json)
     show(f"One int8 layer of {args.width}", errors(args.width, args.tokens), args.json)
     if folder := os.environ.get("COMFYUI_DIR"):

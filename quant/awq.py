@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .integers import pairs
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .lookup import halves
 
 GROUP = 64
 TOGETHER = 4  # outputs whose words follow each other
@@ -51,7 +51,9 @@ class AWQ(Layout):
         splits = parts.setting("splits", 1)
         stored = parts.need("weight")
         fits = out % TOGETHER == 0 and width % GROUP == 0 and splits > 0 and out % splits == 0
-        if not fits or stored.shape != (out // TOGETHER, width // 2) or stored.dtype.itemsize != 4:
+        if stored.is_floating_point() or stored.dtype.itemsize != 4:
+            raise LayoutError(f"has a weight as {stored.dtype}, needed are words of 32 bits")
+        if not fits or stored.shape != (out // TOGETHER, width // 2):
             raise LayoutError(f"has a weight of {tuple(stored.shape)} for {out} x {width}")
 
         def numbers(name: str) -> Tensor:
@@ -67,9 +69,9 @@ class AWQ(Layout):
         )
 
     def values(self, rows: Rows = ALL) -> Tensor:
-        codes = pairs(self.stored[rows]).float().unflatten(-1, (-1, GROUP))
+        codes = halves(self.stored[rows]).float().unflatten(-1, (-1, GROUP))
         scale, zero = self.scale[rows].float(), self.zero[rows].float()
-        return (codes * scale[..., None] + zero[..., None]).flatten(-2)
+        return codes.mul_(scale[..., None]).add_(zero[..., None]).flatten(-2)
 
 
 class AWQVector(Layout):

@@ -27,7 +27,7 @@ class FourBit(Layout):
         parts.needs_multiple(2, "pairs of")
         if self.size < 1 or (start * width) % self.size or (parts.out * width) % self.size:
             raise LayoutError(f"has blocks of {self.size}, which do not end with its rows")
-        table, stored = parts.need("quant_map").float(), parts.need("weight", torch.uint8)
+        table, stored = parts.numbers("quant_map").float(), parts.need("weight", torch.uint8)
         if stored.numel() != parts.out * width // 2 or table.shape != (16,):
             raise LayoutError(f"has a weight of {tuple(stored.shape)} for {parts.out} x {width}")
         scale = _absmax(parts)
@@ -63,9 +63,12 @@ def _absmax(parts: Parts) -> Tensor:
     """The scale of each block; of twice quantized ones, made from their codes."""
     scale = parts.need("absmax")
     if scale.dtype != torch.uint8:
-        return scale.float()
-    table, whole = parts.need("nested_quant_map").float(), parts.need("nested_absmax").float()
+        return parts.numbers("absmax").float()
+    table = parts.numbers("nested_quant_map").float()
+    whole = parts.numbers("nested_absmax", 1).float()
     size, offset = parts.setting("nested_blocksize", 256), parts.setting("nested_offset", 0.0)
+    if not math.isfinite(offset):
+        raise LayoutError(f"has a nested_offset of {offset}")
     if table.shape != (256,) or size < 1 or len(whole) != math.ceil(scale.numel() / size):
         raise LayoutError("has nested scales that do not fit its scales")
     numbers = table[scale.flatten().int()]

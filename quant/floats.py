@@ -30,9 +30,9 @@ class Float8(Layout):
         self.full = parts.setting("full_precision_matrix_mult", False)
         self.keep(stored=parts.weight(self.dtype, self.shape[1]), scale=scale)
 
-    def values(self, rows: Rows = ALL) -> Tensor:
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
         scale = self.scale if self.scale.numel() == 1 else self.scale[rows]
-        return numbers_of(self.stored[rows]).mul_(scale)
+        torch.mul(numbers_of(self.stored[rows]), scale, out=out)
 
     def multiply(self, function: str, x: Tensor) -> Tensor:
         return kernels.float8(x, self.stored, self.scale)
@@ -53,14 +53,16 @@ class MXFloat8(Layout):
         parts.needs_multiple(32, "groups of")
         self.full = parts.setting("full_precision_matrix_mult", False)
         scale = parts.need("weight_scale", torch.uint8)
+        if bool((scale == 255).any()):  # what E8M0 has for NaN
+            raise LayoutError("has weight_scale that are no numbers")
         self.keep(
             stored=parts.weight(torch.float8_e4m3fn, self.shape[1]),
             exponent=parts.cut(untiled(scale, parts.out, self.shape[1] // 32)).contiguous(),
         )
 
-    def values(self, rows: Rows = ALL) -> Tensor:
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
         scale = torch.exp2(self.exponent[rows].float() - 127)
-        return _grouped(numbers_of(self.stored[rows]), scale)
+        grouped(numbers_of(self.stored[rows]), scale, out)
 
     def multiply(self, function: str, x: Tensor) -> Tensor:
         return kernels.mxfp8(x, self.stored, tiled(self.exponent))
@@ -79,8 +81,10 @@ class NVFloat4(Layout):
         parts.needs_multiple(16, "groups of")
         self.full = parts.setting("full_precision_matrix_mult", False)
         scale = parts.need("weight_scale", torch.float8_e4m3fn)
+        if not torch.isfinite(scale.float()).all():
+            raise LayoutError("has weight_scale that are no numbers")
         scale = untiled(scale.view(torch.uint8), parts.out, self.shape[1] // 16)
-        smooth = parts.get("pre_quant_scale")
+        smooth = None if parts.get("pre_quant_scale") is None else parts.numbers("pre_quant_scale")
         if smooth is not None and smooth.numel() != self.shape[1]:
             raise LayoutError(f"has pre_quant_scale of {tuple(smooth.shape)}")
         self.keep(
@@ -90,10 +94,9 @@ class NVFloat4(Layout):
             smooth=None if smooth is None else smooth.flatten().float(),
         )
 
-    def values(self, rows: Rows = ALL) -> Tensor:
-        table = constant(_e2m1_pairs, self.stored.device)
-        values = look_up_pairs(table, self.stored[rows])
-        return _grouped(values, self.whole * self.scale[rows].float())
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        levels = look_up_pairs(constant(_e2m1_pairs, self.stored.device), self.stored[rows])
+        grouped(levels, self.whole * numbers_of(self.scale[rows]), out)
 
     def inputs(self, x: Tensor) -> Tensor:
         return x if self.smooth is None else x * self.smooth.to(x.dtype)
@@ -107,10 +110,10 @@ class NVFloat4(Layout):
         return kernels.nvfp4(self.inputs(x), self.stored, scale, self.whole)
 
 
-def _grouped(values: Tensor, scale: Tensor) -> Tensor:
-    """values (n, in), which nobody else holds, times scales (n, groups)."""
-    values.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
-    return values
+def grouped(values: Tensor, scale: Tensor, out: Tensor) -> None:
+    """`out` (n, in): values (n, in) times a scale for each group (n, groups)."""
+    shape = (*scale.shape, -1)
+    torch.mul(values.view(shape), scale[..., None], out=out.view(shape))
 
 
 def _e2m1_pairs() -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import int8_product, kernels
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
-from .lookup import constant, look_up_bytes, look_up_pairs, pairs_table, signed_pairs
+from .lookup import constant, halves, look_up_pairs, numbers_of, pairs_table, quarters, signed_pairs
 from .rotation import GROUP, is_group, rotate
 
 
@@ -82,17 +82,6 @@ class Int8(_Rotated):
         return super().bytes + (self.shape[0] * self.shape[1] if self.packed is not None else 0)
 
 
-def pairs(packed: Tensor) -> Tensor:
-    """Bytes (n, k/2) as 4-bit codes 0..15 (n, k), the lower half of a byte first."""
-    packed = packed.view(torch.uint8)
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def signed(codes: Tensor) -> Tensor:
-    """4-bit codes 0..15 as the integers -8..7 that they stand for."""
-    return ((codes ^ 8).to(torch.int8) - 8).float()
-
-
 class Int4(_Rotated):
     format = "convrot_w4a4"
 
@@ -109,8 +98,8 @@ class Int4(_Rotated):
             scale=parts.scales("weight_scale").float().expand(self.shape[0], 1).contiguous(),
         )
 
-    def values(self, rows: Rows = ALL) -> Tensor:
-        return signed_pairs(self.stored[rows]).mul_(self.scale[rows])
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        torch.mul(signed_pairs(self.stored[rows]), self.scale[rows], out=out)
 
     def multiply(self, function: str, x: Tensor) -> Tensor:
         return kernels.int4(x, self.stored, self.scale, self.group, self.inputs_as)
@@ -131,7 +120,7 @@ class GroupedInt4(_Rotated):
         scale = parts.scales("weight_s_rel", width // self.size)
         if scale.dtype == torch.uint8:
             scale = scale.contiguous().view(torch.float8_e4m3fn)
-        table = parts.get("weight_codebook")
+        table = None if parts.get("weight_codebook") is None else parts.numbers("weight_codebook")
         stored = parts.need("weight", torch.int8)
         self.bits = 6 if stored.shape[-1] * 8 == 6 * width else 4
         stored = parts.weight(torch.int8, width * self.bits // 8)
@@ -150,17 +139,17 @@ class GroupedInt4(_Rotated):
         """Rows on the int8 grid, in fp32."""
         stored = self.stored[rows]
         if self.bits == 6:
-            levels = codes_of(stored, self.shape[1], self.bits).float().sub_(32)
+            levels = codes_of(stored, self.shape[1], self.bits).view(torch.int8).sub_(32).float()
         elif self.table is None:
             levels = look_up_pairs(constant(_even_pairs, stored.device), stored.view(torch.uint8))
         else:
             table = pairs_table(self.table, upper_first=False)
             levels = look_up_pairs(table, stored.view(torch.uint8))
-        levels.unflatten(-1, (-1, self.size)).mul_(self.scale[rows].float()[..., None])
+        levels.unflatten(-1, (-1, self.size)).mul_(numbers_of(self.scale[rows])[..., None])
         return levels.round_().clamp_(-127, 127)
 
-    def values(self, rows: Rows = ALL) -> Tensor:
-        return self.integers(rows).mul_(self.whole[rows])
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        torch.mul(self.integers(rows), self.whole[rows], out=out)
 
     @property
     def kind(self) -> str:
@@ -178,16 +167,5 @@ def _even_pairs() -> Tensor:
 def codes_of(stored: Tensor, width: int, bits: int) -> Tensor:
     """Codes (n, width) of packed rows; of 6 bits, the upper two follow the lower four in a row."""
     stored = stored.view(torch.uint8)
-    if bits == 4:
-        return pairs(stored[:, : width // 2])
-    low = look_up_bytes(constant(_halves, stored.device), stored[:, : width // 2])
-    return low | look_up_bytes(constant(_quarters, stored.device), stored[:, width // 2 :])
-
-
-def _halves() -> Tensor:
-    return pairs(torch.arange(256, dtype=torch.uint8)[:, None])
-
-
-def _quarters() -> Tensor:
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    return ((torch.arange(256, dtype=torch.uint8)[:, None] >> shifts) & 3) << 4
+    low = halves(stored[:, : width // 2])
+    return low if bits == 4 else low.bitwise_or_(quarters(stored[:, width // 2 :]))

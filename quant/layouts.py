@@ -32,6 +32,7 @@ class Layout(nn.Module):
     format: str = ""  # as files call it
     reorders = False  # whether its tensors are others than those of the file
     full = False  # the file wants inputs that are not rounded
+    together = 1 << 17  # weights that become numbers at a time on a CPU: what stays in its cache
     passing = False  # its tensors come and go, so nothing made of them can be kept
     shape: tuple[int, int]
     stored: Tensor
@@ -42,8 +43,15 @@ class Layout(nn.Module):
         self.shape = shape
 
     def values(self, rows: Rows = ALL) -> Tensor:
-        """Rows of the stored matrix (n, in) in fp32."""
-        raise NotImplementedError
+        """Rows of the stored matrix (n, in) in fp32. A format defines this or `write`."""
+        stored = self.stored[rows]
+        out = torch.empty(len(stored), self.shape[1], device=stored.device)
+        self.write(out, rows)
+        return out
+
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        """`values` into `out` (n, in), contiguous, of any floating-point dtype."""
+        out.copy_(self.values(rows))
 
     def inputs(self, x: Tensor) -> Tensor:
         """x (..., in) in the basis of `values`."""
@@ -165,6 +173,15 @@ class Parts:
         tensor = self.get(name, dtype)
         if tensor is None:
             raise LayoutError(f"lacks {name}")
+        return tensor
+
+    def numbers(self, name: str, *sides: int) -> Tensor:
+        """Floating-point numbers, all finite; with so many `sides`, if any are said."""
+        tensor = self.need(name)
+        if not tensor.is_floating_point() or (sides and tensor.ndim not in sides):
+            raise LayoutError(f"has {name} as {_name(tensor.dtype)} of {tuple(tensor.shape)}")
+        if not torch.isfinite(tensor.float()).all():
+            raise LayoutError(f"has {name} that are no numbers")
         return tensor
 
     def weight(self, dtype: torch.dtype, width: int) -> Tensor:

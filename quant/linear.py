@@ -1,7 +1,8 @@
 """The one quantized linear layer, for every family's network and for text encoders.
 
 A weight stays in memory as it is stored. Where the machine has no product for its layout, it passes
-block by block through one buffer that all layers of a network share.
+block by block through one buffer that all layers of a network share: on a card the whole weight, on
+a CPU, whose products need no more to be fast, as much of it as its cache may hold.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import Layout
+from .layouts import ALL, Layout
 
-# Weights that become numbers at a time: on a CPU what stays in its cache, on a card enough to fill.
-BLOCK = {"cpu": 1 << 17}
-LARGE_BLOCK = 1 << 24
+PART = 1 << 22  # weights that are multiplied at a time on a CPU, 16 MB
+LARGE_BLOCK = 1 << 24  # weights that become numbers at a time on a card: enough to fill it
 
 
 class Buffer:
-    """Room for the largest weight in full precision, shared by layers that work one by one."""
+    """Room for weights in full precision, shared by layers that work one by one."""
 
     def __init__(self) -> None:
         self._room: Tensor | None = None
@@ -67,7 +67,7 @@ class QuantizedLinear(Holder):
             return F.linear(input, self.weight.to(input.dtype), bias)
         y = self.layout.product(input)
         if y is None:
-            y = F.linear(self.layout.inputs(input), self.values(input.dtype))
+            y = self.widened(self.layout.inputs(input))
         y = self.layout.extra(input, y)
         return y if bias is None else y + bias
 
@@ -84,11 +84,24 @@ class QuantizedLinear(Holder):
         self.weight = nn.Parameter(weight, requires_grad=False)
         return None
 
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """The stored matrix (out, in) in full precision, valid until the next layer's turn."""
-        matrix = self.buffer.room(self.layout.shape, dtype, self.weight.device)
-        for start, stop in blocks(self.layout):
-            matrix[start:stop] = self.layout.values(slice(start, stop))
+    def widened(self, x: Tensor) -> Tensor:
+        """The stored matrix times x (..., in) -> (..., out), in full precision."""
+        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.values(x.dtype))
+        flat, count = x.reshape(-1, self.in_features), max(1, PART // max(self.in_features, 1))
+        y = flat.new_empty(len(flat), self.out_features)
+        for start in range(0, self.out_features, count):
+            rows = slice(start, min(start + count, self.out_features))
+            torch.mm(flat, self.values(x.dtype, rows).t(), out=y[:, rows])
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def values(self, dtype: torch.dtype, rows: slice = ALL) -> Tensor:
+        """Rows of the stored matrix (n, in) in full precision, valid until the next call."""
+        first, last, _ = rows.indices(self.out_features)
+        shape = (last - first, self.in_features)
+        matrix = self.buffer.room(shape, dtype, self.weight.device)
+        for start, stop in blocks(self.layout, first, last):
+            self.layout.write(matrix[start - first : stop - first], slice(start, stop))
         return matrix
 
     def extra_repr(self) -> str:
@@ -108,15 +121,15 @@ class QuantizedEmbedding(Holder):
         return rows.to(self.dtype).view(*input.shape, -1)
 
 
-def blocks(layout: Layout) -> list[tuple[int, int]]:
-    """Ranges of rows that become numbers at a time."""
-    out, width = layout.shape
-    device = next(layout.buffers()).device.type
-    step = max(1, BLOCK.get(device, LARGE_BLOCK) // max(width, 1))
-    return [(start, min(start + step, out)) for start in range(0, out, step)]
+def blocks(layout: Layout, first: int, last: int) -> list[tuple[int, int]]:
+    """Ranges of rows from `first` to `last` that become numbers at a time."""
+    width = layout.shape[1]
+    on_cpu = next(layout.buffers()).device.type == "cpu"
+    step = max(1, (layout.together if on_cpu else LARGE_BLOCK) // max(width, 1))
+    return [(start, min(start + step, last)) for start in range(first, last, step)]
 
 
 def write_weight(layout: Layout, out: Tensor) -> None:
     """The weight into `out` (out, in), block by block."""
-    for start, stop in blocks(layout):
+    for start, stop in blocks(layout, 0, layout.shape[0]):
         out[start:stop] = layout.weight(slice(start, stop))

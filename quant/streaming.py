@@ -153,7 +153,7 @@ def stream(
     if budget < least:
         raise RoomError(
             f"{budget / 1e9:.3g} GB are too little for this network: streamed, it takes "
-            f"{least / 1e9:.3g} GB for weights (two blocks and what is no block), and whole "
+            f"{gigabytes(least)} GB for weights (two blocks and what is no block), and whole "
             f"{whole / 1e9:.3g} GB."
         )
     chosen = _chosen(sizes, budget - least)
@@ -169,6 +169,12 @@ def stream(
     for order, index in enumerate(chosen):
         _watch(found[index], made, order)
     return made
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in GB, three digits, rounded up: who types that number has enough."""
+    step = 10 ** max(len(str(size)) - 3, 0)
+    return f"{-(-size // step) * step / 1e9:.3g}"
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .floats import E2M1
-from .integers import pairs, signed
+from .floats import E2M1, grouped
 from .layouts import ALL, Layout, LayoutError, Parts, Rows
+from .lookup import constant, look_up_pairs, numbers_of, pairs_table, signed_pairs
 
 TILE = 128
 SHIFT = 0.171875  # what the engine adds to GELU's outputs, so that none is below zero
@@ -60,8 +60,9 @@ class SVDQuant(Layout):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.shape)
         width, out = self.shape[1], parts.out
-        stored, down, up = parts.need("weight"), parts.need("proj_down"), parts.need("proj_up")
-        smooth = parts.need("smooth_factor")
+        stored = parts.need("weight", torch.int8)
+        down, up = parts.numbers("proj_down", 2), parts.numbers("proj_up", 2)
+        smooth = parts.numbers("smooth_factor")
         if out % TILE or width % TILE or stored.shape != (out, width // 2):
             raise LayoutError(
                 f"has a weight of {tuple(stored.shape)} for {out} x {width}, in tiles"
@@ -69,6 +70,8 @@ class SVDQuant(Layout):
         shapes = (down.shape[0], up.shape[0], down.shape[1] - up.shape[1], smooth.numel())
         if shapes != (width, out, 0, width) or down.shape[1] % 16:
             raise LayoutError(f"has branches of {tuple(down.shape)} and {tuple(up.shape)}")
+        if not bool(smooth.all()):
+            raise LayoutError("has a smooth_factor of zero, by which inputs would be divided")
         self.keep(
             stored=parts.cut(weight_in_order(stored)),
             smooth=scales_in_order(smooth, width).flatten(),
@@ -78,14 +81,13 @@ class SVDQuant(Layout):
         )
 
     def read_scales(self, parts: Parts) -> dict[str, Tensor | None]:
-        scale = parts.need("wscales")
-        if scale.numel() * self.group != parts.out * self.shape[1]:
+        scale = parts.numbers("wscales")
+        if scale.dtype.itemsize != 2 or scale.numel() * self.group != parts.out * self.shape[1]:
             raise LayoutError(f"has wscales of {tuple(scale.shape)}, for groups of {self.group}")
         return {"scale": parts.cut(scales_in_order(scale, parts.out))}
 
-    def values(self, rows: Rows = ALL) -> Tensor:
-        codes = signed(pairs(self.stored[rows])).unflatten(-1, (-1, self.group))
-        return (codes * self.scale[rows].float()[..., None]).flatten(-2)
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        grouped(signed_pairs(self.stored[rows]), self.scale[rows].float(), out)
 
     def inputs(self, x: Tensor) -> Tensor:
         return x / self.smooth.to(x.dtype)
@@ -105,10 +107,15 @@ class SVDQuantFP4(SVDQuant):
 
     def read_scales(self, parts: Parts) -> dict[str, Tensor | None]:
         scale, out = parts.need("wscales", torch.float8_e4m3fn), parts.out
+        if not torch.isfinite(scale.float()).all():
+            raise LayoutError("has wscales that are no numbers")
         if scale.numel() * self.group != out * self.shape[1]:
             raise LayoutError(f"has wscales of {tuple(scale.shape)}, for groups of {self.group}")
         whole = torch.ones(out, 1)
-        if (channels := parts.get("wcscales")) is not None:
+        if parts.get("wcscales") is not None:
+            channels = parts.numbers("wcscales")
+            if channels.numel() != out:
+                raise LayoutError(f"has wcscales of {tuple(channels.shape)}, needed are {out}")
             whole = scales_in_order(channels, out).float()
         if parts.get("wtscale") is not None:
             whole = whole * parts.scalar("wtscale")
@@ -119,10 +126,15 @@ class SVDQuantFP4(SVDQuant):
             "whole": parts.cut(whole),
         }
 
-    def values(self, rows: Rows = ALL) -> Tensor:
-        table = torch.tensor((*E2M1, *(-v for v in E2M1)), device=self.stored.device)
-        levels = table[pairs(self.stored[rows]).int()].unflatten(-1, (-1, self.group))
-        return (levels * self.scale[rows].float()[..., None]).flatten(-2) * self.whole[rows]
+    def write(self, out: Tensor, rows: Rows = ALL) -> None:
+        stored = self.stored[rows].view(torch.uint8)
+        levels = look_up_pairs(constant(_e2m1_pairs, stored.device), stored)
+        grouped(levels, numbers_of(self.scale[rows]), levels)
+        torch.mul(levels, self.whole[rows], out=out)
+
+
+def _e2m1_pairs() -> Tensor:
+    return pairs_table(torch.tensor((*E2M1, *(-v for v in E2M1))), upper_first=False)
 
 
 class Vector(Layout):

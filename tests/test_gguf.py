@@ -15,7 +15,8 @@ from torch import Tensor
 from seedling.model_loaders.checkpoint import CheckpointError, open_checkpoint
 from seedling.model_loaders.inspect import inspect
 from seedling.model_loaders.load import load_dit, load_encoder
-from seedling.quant.gguf import TYPES
+from seedling.quant.gguf import GGUF, TYPES
+from seedling.quant.layouts import Parts
 from seedling.quant.linear import QuantizedLinear
 
 Kind = gguf.GGMLQuantizationType
@@ -30,9 +31,31 @@ def test_numbers_are_the_librarys_bit_for_bit(kind: str) -> None:
     raw = np.random.default_rng(0).integers(0, 256, (4096, size), dtype=np.uint8)
     with np.errstate(all="ignore"):
         theirs = torch.from_numpy(gguf.dequantize(raw, Kind[kind]).reshape(-1, block))
-    ours = numbers(torch.from_numpy(raw))
+    ours = torch.empty(len(raw), block)
+    numbers(torch.from_numpy(raw), ours)
     assert torch.equal(ours.nan_to_num(0.25), theirs.nan_to_num(0.25))
     assert ours.isfinite().float().mean() > 0.8
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_blocks_may_begin_at_any_byte(kind: str) -> None:
+    """Of one block too; a file's `general.alignment` may be 1. And in other dtypes."""
+    block, size, _ = TYPES[kind]
+    raw = torch.randint(0, 256, (3 * size + 1,), dtype=torch.uint8)
+    raw[1::2] &= 59  # no scale is infinite
+    raw[2::2] &= 59
+    for count in (1, 3):
+        moved, copied = raw[1 : 1 + count * size], raw[1 : 1 + count * size].clone()
+        found = []
+        for bytes in (moved, copied):
+            parts = Parts({"weight": bytes[None]}, (1, count * block), settings={"type": kind})
+            layout = GGUF(parts)
+            found.append(layout.values())
+            half = torch.empty(1, count * block, dtype=torch.bfloat16)
+            layout.write(half)
+            assert torch.equal(half, found[0].bfloat16())
+        assert torch.equal(*found) and found[0].isfinite().all()
+        assert layout.stored.data_ptr() == copied.data_ptr()
 
 
 def stored(values: Tensor, kind: str) -> tuple[np.ndarray, Any]:

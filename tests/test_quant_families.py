@@ -259,3 +259,36 @@ def test_a_damaged_layer_is_told_by_its_name(
             for words in (b"{", b"[]", b'{"format": "int9"}', b'{"format": 3}'):
                 mark = torch.tensor(list(words), dtype=torch.uint8)
                 refused({**rest, name: mark}, tmp_path / "mark.safetensors")
+
+
+NUMBERS = ("absmax", "quant_map", "codebook", "smooth_factor", "proj_", "scale", "s_rel", "channel",
+           "SCB", "wzeros")  # fmt: skip
+
+
+def spoiled(tensor: Tensor, number: float) -> Tensor:
+    whole = tensor.float()
+    whole.view(-1)[0] = number
+    return whole.to(tensor.dtype)
+
+
+@pytest.mark.parametrize("layout", LAYERS)
+def test_parts_that_are_no_numbers_or_of_another_kind_are_told(
+    layout: str, nunchaku: Any, quant_families: Any, tmp_path: Path
+) -> None:
+    """NaN in scales: attention would turn it into zeros, and the picture be quietly wrong."""
+    whole = quant_families.state_of("qwen_image_21")
+    state = {k: t for k, t in whole.items() if k != f"{LAYER}.weight"}
+    made, _ = LAYERS[layout](whole[f"{LAYER}.weight"], nunchaku)
+    rest = {**state, **{f"{LAYER}.{part}": t for part, t in made.items()}}
+    for part, tensor in made.items():
+        if part in SPARE - {"wcscales", "weight_codebook"} or "quant_state" in part:
+            continue
+        name, empty = f"{LAYER}.{part}", tensor.reshape(-1)[:0]
+        if part != "comfy_quant" and tensor.ndim:
+            refused({**rest, name: empty}, tmp_path / "empty.safetensors")
+        if part == "qweight":
+            refused({**rest, name: tensor.float()}, tmp_path / "kind.safetensors")
+        if tensor.is_floating_point() and any(word in part for word in NUMBERS):
+            refused({**rest, name: spoiled(tensor, float("nan"))}, tmp_path / "nan.safetensors")
+        if part == "smooth_factor":
+            refused({**rest, name: spoiled(tensor, 0.0)}, tmp_path / "zero.safetensors")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seedling.quant import int8_product
+from seedling.quant import int8_product, linear
 from seedling.quant.floats import tiled, untiled
 from seedling.quant.layouts import Joined, Layout, LayoutError, Parts, Plain, layout_of
 from seedling.quant.linear import Buffer, QuantizedEmbedding, QuantizedLinear, write_weight
@@ -264,6 +264,22 @@ def test_layers_share_one_buffer_of_the_largest_weight() -> None:
     ))  # fmt: skip
     layers(draw(4, 32))
     assert buffer._room is not None and buffer._room.numel() == 64 * 32
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (5, 32), (1, 32), (130, 64)])
+def test_a_cpu_multiplies_part_by_part(monkeypatch: Any, shape: tuple[int, int]) -> None:
+    """The buffer holds one part; parts that do not divide the weight; gradients pass through."""
+    monkeypatch.setattr(linear, "PART", 24 * 32)
+    weight, buffer = draw(*shape).to(torch.float8_e4m3fn), Buffer()
+    layout, bias = of("float8_e4m3fn", {"weight": weight}, shape), draw(shape[0], seed=1)
+    layer, x = QuantizedLinear(layout, bias, buffer), draw(6, shape[1], seed=2).view(2, 3, -1)
+    exact = F.linear(x, weight.float(), bias)
+    assert torch.allclose(layer(x), exact, atol=1e-5) and layer(x).shape == exact.shape
+    assert buffer._room is not None and buffer._room.numel() <= 24 * 32
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0, 0], weight.float().sum(dim=0), atol=1e-5)
 
 
 def test_int8_products_are_exact_for_the_largest_numbers() -> None:

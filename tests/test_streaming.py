@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from seedling.quant.layouts import Parts, layout_of
 from seedling.quant.linear import Buffer, Holder, QuantizedLinear
 from seedling.quant.lora import Adapters, Branch, LowRank
 from seedling.quant.operations import widened
-from seedling.quant.streaming import RoomError, Streamer, stream, tensors_of
+from seedling.quant.streaming import RoomError, Streamer, gigabytes, stream, tensors_of
 from seedling.sampling import SamplingError
 from seedling.sampling.pipeline import Picture, Pipeline, Task
 
@@ -179,6 +180,16 @@ def test_too_small_a_budget_is_told_with_the_least_that_works() -> None:
     with pytest.raises(RoomError, match="0.0005 GB are too little"):
         stream(small, "cpu", 500_000)
     assert stream(small, "cpu") is None  # two rooms would be all of it
+
+
+def test_the_least_that_is_told_is_enough() -> None:
+    """Rounded up: 1.2341 GB would be told as 1.23, and refused again."""
+    for size in (1, 999, 1_234_100_000, 6_000_000_001, 59_999_999_999):
+        assert size <= float(gigabytes(size)) * 1e9 * (1 + 1e-12) <= 1.01 * size + 2
+    with pytest.raises(RoomError) as error:
+        stream(network(), "cpu", 500_000)
+    told = re.search(r"it takes (\S+) GB", str(error.value))
+    assert told and stream(network(), "cpu", round(float(told[1]) * 1e9)) is not None
 
 
 def test_after_an_error_in_the_middle_the_next_run_is_right() -> None:
