@@ -66,7 +66,7 @@ def demo(show: Show, saved: list[Path], say: Say) -> None:
     own = read_picture(show.picture) if show.picture else None
     if show.out.exists() and not show.out.is_dir():
         raise OrderError(f"--out {show.out} is a file; name a folder.")
-    pipeline = load(choose(show.weights), device_of(show.device), say)
+    pipeline = load(choose(show.weights), device_of(show.device), say, dtype=show.weights.dtype)
     inputs = bring(pipeline, show.out, own)
     say(f"Five pictures with {pipeline.dit.checkpoint.name}, a demonstration model, on "
         f"{pipeline.device}, then a sheet of all.")  # fmt: skip

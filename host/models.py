@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..model_loaders.bundle import parts
 from ..model_loaders.checkpoint import Checkpoint, open_checkpoint
@@ -32,6 +32,7 @@ COMFYUI: dict[Slot, tuple[str, ...]] = {
     "encoder": ("text_encoders", "clip"),
     "lora": ("loras",),
 }
+MAX_STRENGTH = 100  # of a LoRA, as in ComfyUI
 CHECKPOINTS = "checkpoints"  # all-in-one files, of which each slot takes its part
 SAMPLES, SAMPLE = 256, 4096  # of a weight file, for its fingerprint
 
@@ -42,12 +43,24 @@ class ModelsError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user said about weights: paths, or names in the folders of `comfyui`."""
+    """What the user said about weights: paths, or names in the folders of `comfyui`.
+
+    `precision` is one of `cli.PRECISIONS`: how what is not quantized is kept.
+    """
 
     dit: str | None = None
     vae: str | None = None
     encoder: str | None = None
     comfyui: Path | None = None
+    precision: str = "stored"
+
+    @property
+    def dtype(self) -> Any:
+        """`precision` as the loaders take it."""
+        import torch
+
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return {"stored": None, "auto": "auto", **kinds}[self.precision]
 
     def get(self, kind: Kind) -> str | None:
         return {"dit": self.dit, "vae": self.vae, "encoder": self.encoder}[kind]
@@ -131,12 +144,15 @@ def lora_of(word: str, comfyui: Path | None) -> tuple[Path, float]:
     name, colon, tail = word.rpartition(":")
     try:
         strength = float(tail) if colon and name else None
-    except ValueError:  # of a path with a colon in it
-        strength = None
+    except ValueError:  # of a path with a colon in it, or no number
+        strength = math.nan if Path(name).is_file() else None
     if strength is None or Path(word).exists():
         name, strength = word, 1.0
-    if not math.isfinite(strength):
-        raise ModelsError(f"--lora {word}: the strength must be a number such as 0.8.")
+    if not abs(strength) <= MAX_STRENGTH:
+        raise ModelsError(
+            f"--lora {word}: the strength must be a number such as 0.8, from -{MAX_STRENGTH} to "
+            f"{MAX_STRENGTH}."
+        )
     return look_up("lora", name, comfyui), strength
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,9 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
         "budget; default: beside the new file")  # fmt: skip
     add("--six", action="store_true", help="also layers of 6 bits, which ComfyUI reads with a "
         "comfy-kitchen of 0.2.40 or later only")  # fmt: skip
-    add("--fast", action="store_true", help="round inputs of layers of 4 bits to 4 bits too, for "
-        "cards that multiply them so; it costs quality")  # fmt: skip
+    add("--inputs", type=int, choices=(16, 8, 4), default=8, help="bits that inputs of quantized "
+        "layers may be rounded to: 8 (default) is fast, 16 loses least and is slower, 4 is for "
+        "cards that multiply 4 bits by 4 bits")  # fmt: skip
     add("--steps", type=int, metavar="N", help="default: as the model likes it")
     add("--seed", type=int, default=0, metavar="N")
     add("--memory", type=float, default=2, metavar="GB", help="for what is observed; default: 2")
@@ -39,22 +41,25 @@ def run(given: argparse.Namespace, choice: Choice, say: Callable[[str], None]) -
     """Carry out the command. Raises the engine's errors."""
     from tqdm import tqdm
 
-    from ..sampling.quantizing import Wish, quantize
+    from ..sampling.quantizing import Wish, check_out, quantize
     from .generate import BAR, OrderError, device_of, load
     from .models import choose
 
     if sum(way is not None for way in (given.bits, given.loss, given.plan)) > 1:
         raise OrderError("give one of --bits, --loss and --plan.")
+    memory = int(given.memory * (1 << 30)) if math.isfinite(given.memory) else 0
+    wish = Wish(given.bits, given.loss, given.plan, given.trials, memory, given.six, given.inputs)
+    wish.check()
+    check_out(given.out)
     tasks = tasks_of(given.prompts, given.steps, given.seed)
-    pipeline = load(choose(choice), device_of(given.device), say)
-    memory = int(given.memory * (1 << 30))
-    wish = Wish(given.bits, given.loss, given.plan, given.trials, memory, given.six, given.fast)
-    with tqdm(desc="layers", bar_format=BAR) as bar:
+    pipeline = load(choose(choice), device_of(given.device), say, dtype=choice.dtype)
+    bar = tqdm(desc="layers", bar_format=BAR, disable=None, delay=0.1)  # seen once layers are done
 
-        def progress(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+    def progress(done: int, of: int) -> None:
+        bar.total = of
+        bar.update(done - bar.n)
 
+    with bar:
         made = quantize(pipeline, tasks, given.out, wish, progress)
     say(made.words())
     say(f"{compared(made, tasks)}  (full precision on the left)")

@@ -21,7 +21,7 @@ class Option:
     """A way to store one weight: its bytes, and what it does to the layer's output.
 
     `error` is the squared error of the output over the squared output, on the calibration's inputs;
-    `damage` is the same of the whole network's output, with this weight alone stored so.
+    `damage` is the same of the latents of whole pictures, with this weight alone stored so.
     """
 
     bytes: int

@@ -6,6 +6,7 @@ file that comes out has the names of the one that went in, in ComfyUI's own form
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,25 +20,28 @@ from torch import Tensor, nn
 from ..model_loaders.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..model_loaders.layers import Block, computed
 from ..model_loaders.load import Loaded, load_dit
-from ..quant.encode import FOUR, FOUR_BY_FOUR, SIX
+from ..quant.encode import FOUR, FOUR_BY_FOUR, SIX, WAYS, bytes_of
 from ..quant.plan import PLAIN, Entry, PlanError, choose, read_plan, save_plan
-from ..quant.quantizer import Run, Trials, Unit, try_all
+from ..quant.quantizer import Calibration, Trials, Unit, try_all, writing
 from .pipeline import Picture, Pipeline, Progress, Task
 from .prefix_store import PrefixStore
 
 SMALL = 64  # a layer with fewer inputs stays as it is
 COMPARED = 2  # pictures that are made with the new file
+FEW = 8  # steps; of pictures that take more, damages are measured in half as many, but no fewer
+INPUTS = (16, 8, 4)
 
 
 @dataclass(frozen=True)
 class Wish:
-    """`bits` for each weight on average (default 8), or the `loss` in percent that what the network
-    predicts may have, added up over its layers; or a `plan` to follow, weight by weight.
+    """`bits` for each weight on average (default 8), or the `loss` in percent that the latents of
+    pictures may have, added up over the layers; or a `plan` to follow, weight by weight.
 
     `trials` is the folder for what was tried, by default beside the new file; `memory` in bytes
     bounds what is observed at a time. `six` allows layers of 6 bits, which ComfyUI reads with a
-    comfy-kitchen of 0.2.40 or later only. `fast` rounds the inputs of layers of 4 bits to 4 bits
-    too, for cards that multiply them so.
+    comfy-kitchen of 0.2.40 or later only. `inputs`: what the inputs of quantized layers may be
+    rounded to. 8 bits are multiplied fast; 16, not at all, loses least and is widened; 4, of layers
+    of 4 bits, are for cards that multiply them so.
     """
 
     bits: float | None = None
@@ -46,12 +50,30 @@ class Wish:
     trials: Path | None = None
     memory: int = 2 << 30
     six: bool = False
-    fast: bool = False
+    inputs: int = 8
 
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """Ways that are not chosen."""
-        return (FOUR if self.fast else FOUR_BY_FOUR, *(() if self.six else (SIX,)))
+    def check(self) -> None:
+        """Raises PlanError for numbers that mean nothing."""
+        for name, number in (("bits", self.bits), ("loss", self.loss)):
+            if number is not None and not (math.isfinite(number) and number > 0):
+                raise PlanError(f"the {name} must be a number above 0, {number} was given.")
+        if self.inputs not in INPUTS:
+            raise PlanError(f"inputs can have 16, 8 or 4 bits, {self.inputs} was given.")
+        if self.memory <= 0:
+            raise PlanError("the memory for what is observed must be more than nothing.")
+
+    def allows(self, name: str) -> bool:
+        """Whether a way to store may be chosen."""
+        if name == PLAIN:
+            return True
+        way = WAYS[name]
+        if SIX in (name, way.like) and not self.six:
+            return False
+        if self.inputs == 16:
+            return way.bits == 16
+        if way.like:
+            return name == FOUR_BY_FOUR and self.inputs == 4
+        return name != FOUR or self.inputs == 8
 
 
 @dataclass(frozen=True)
@@ -119,51 +141,109 @@ def quantize(
     """Write the pipeline's DiT, quantized, to `out` (.safetensors), plan and report beside it.
 
     What was tried lies in a folder beside it as well: a run that was stopped goes on from there,
-    and another budget needs no new trials. Raises CheckpointError, PlanError, SamplingError.
+    and another budget needs no new trials. What can be known to fail is told before any trial.
+    Raises CheckpointError, PlanError, SamplingError.
     """
-    if out.suffix != ".safetensors" or out.exists():
-        raise PlanError(f"{out} exists, or does not end in .safetensors; give a new file's name.")
+    wish.check()
+    check_out(out)
     if not tasks:
         raise PlanError("there is no prompt to calibrate on; give some that are like yours.")
     calibrating = Forgetful(pipeline.dit.module)
     pipeline = Pipeline(pipeline.dit, pipeline.vae, pipeline.encoder, calibrating)
     units = units_of(pipeline.dit)
-    chosen = read_plan(wish.plan) if wish.plan else None
-    trials = Trials(wish.trials or out.with_suffix(".trials"))
-    runs = runner(pipeline, tasks), len(tasks)
+    chosen = _followed(wish.plan, units) if wish.plan else None
+    if chosen is None and wish.loss is None:
+        check_budget(units, wish)
+    about = {"model": _model(pipeline.dit.checkpoint, units), "list of prompts": _prompts(tasks)}
+    trials = Trials(wish.trials or out.with_suffix(".trials"), about)
+    made = calibration(pipeline, tasks)
     done = sum(unit in trials for unit in units)
     progress(done, len(units))
     with torch.no_grad():
-        for number, _ in enumerate(try_all(pipeline.dit.module, units, runs, trials, wish.memory)):
+        for number, _ in enumerate(try_all(pipeline.dit.module, units, made, trials, wish.memory)):
             progress(done + number + 1, len(units))
         entries = _entries(units, trials, wish, chosen)
-        write(pipeline.dit.checkpoint, units, entries, trials, out)
-        save_plan(entries, out.with_suffix(".plan.json"))
+        with writing(out):
+            write(pipeline.dit.checkpoint, units, entries, trials, out)
+            save_plan(entries, out.with_suffix(".plan.json"))
         few = tasks[:COMPARED]
         before = tuple(pictures(pipeline, few))
         new = load_dit(out, device=pipeline.device)
         new = replace(new, schedule=pipeline.dit.schedule)
         after = tuple(pictures(Pipeline(new, pipeline.vae, pipeline.encoder), few))
-    made = Made(out, entries, out.stat().st_size, before, after)
-    out.with_suffix(".report.txt").write_text(f"{made.words()}\n", "utf-8")
-    return made
+    result = Made(out, entries, out.stat().st_size, before, after)
+    out.with_suffix(".report.txt").write_text(f"{result.words()}\n", "utf-8")
+    return result
 
 
-def runner(pipeline: Pipeline, tasks: Sequence[Task]) -> Run:
-    """Picture k up to its last step: what the network makes of it at each of them."""
+def check_out(out: Path) -> None:
+    """Raises PlanError for a file that exists, or whose folder does not."""
+    if out.suffix != ".safetensors":
+        raise PlanError(f"{out} does not end in .safetensors; give a new file's name.")
+    if out.exists():
+        raise PlanError(f"{out} exists already and is not overwritten; give a new file's name.")
+    if not out.parent.is_dir():
+        raise PlanError(f"{out}: there is no folder {out.parent}; make it, or choose another.")
 
-    def run(k: int) -> Tensor:
-        denoised = []
-        steps = pipeline.run(tasks[k])
-        for event in steps:
+
+def check_budget(units: Sequence[Unit], wish: Wish) -> None:
+    """Raises PlanError for bits that are too few, before hours are spent on trials."""
+    least = 0
+    for unit in units:
+        allowed = [way for way in unit.ways if wish.allows(way.name)]
+        least += min(2 * unit.weights, *(bytes_of(way, unit.shape) for way in allowed))
+    weights, bits = sum(unit.weights for unit in units), wish.bits or 8
+    if 8 * least > bits * weights:
+        raise PlanError(
+            f"{bits:g} bits for each weight are too few; the least that these layers can be stored "
+            f"in is {math.ceil(800 * least / weights) / 100:g}."
+        )
+
+
+def _model(checkpoint: Checkpoint, units: Sequence[Unit]) -> str:
+    """Tells models apart, also those of one shape."""
+    digest = hashlib.sha256(repr([(unit.name, unit.shape) for unit in units]).encode())
+    for unit in units[:: max(len(units) // 8, 1)]:
+        digest.update(
+            checkpoint.tensor(f"{next(iter(unit.layers))}.weight")[:1].float().numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def _prompts(tasks: Sequence[Task]) -> str:
+    digest = hashlib.sha256()
+    for task in tasks:
+        known = replace(task, references=())
+        digest.update(repr(known).encode("utf-8", "surrogatepass"))
+        for reference in task.references:
+            digest.update(reference.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def calibration(pipeline: Pipeline, tasks: Sequence[Task]) -> Calibration:
+    """What the network does with `tasks`; each is one picture."""
+
+    def steps(k: int) -> int:
+        return len(pipeline.plan(tasks[k]).sigmas) - 1
+
+    def latents(task: Task) -> Tensor:
+        """Of a picture, as its last step leaves them."""
+        events = pipeline.run(task)
+        for event in events:
             assert isinstance(event, Progress)
-            denoised.append(event.state.denoised)
             if event.state.step == event.state.total:
-                break
-        steps.close()  # type: ignore[attr-defined]
-        return torch.stack(denoised)
+                events.close()  # type: ignore[attr-defined]
+                return event.state.denoised
+        raise AssertionError
 
-    return run
+    def probe(k: int) -> Tensor:
+        most = steps(k)
+        schedule = pipeline.dit.schedule
+        own = tasks[k].sigmas or (schedule and schedule.sigmas)  # a list has as many as it has
+        few = most if own else max(min(most, FEW), most // 2)
+        return latents(replace(tasks[k], steps=None if own else few))
+
+    return Calibration(len(tasks), steps, lambda k: latents(tasks[k]), probe)
 
 
 def pictures(pipeline: Pipeline, tasks: Sequence[Task]) -> Iterator[Tensor]:
@@ -198,6 +278,24 @@ def _unit(checkpoint: Checkpoint, key: str, layers: dict[str, tuple[int, int]]) 
     return Unit(key.removesuffix(".weight"), (out, first.shape[1]), layers, weight)
 
 
+def _followed(plan: Path, units: Sequence[Unit]) -> dict[str, str]:
+    """What a plan says for each unit. Raises PlanError for one that does not fit them."""
+    chosen, names = read_plan(plan), {unit.name for unit in units}
+    missing, unknown = sorted(names - {*chosen}), sorted({*chosen} - names)
+    if missing or unknown:
+        what = f"says nothing of {missing[0]}" if missing else f"names {unknown[0]}"
+        hint = "which this model has" if missing else "which this model has not"
+        raise PlanError(f"{plan} {what}, {hint}; it is the plan of another model.")
+    for unit in units:
+        possible = [*(way.name for way in unit.ways), PLAIN]
+        if chosen[unit.name] not in possible:
+            raise PlanError(
+                f"the plan says {chosen[unit.name]!r} for {unit.name}; possible are "
+                f"{', '.join(possible)}."
+            )
+    return chosen
+
+
 def _entries(
     units: Sequence[Unit], trials: Trials, wish: Wish, chosen: Mapping[str, str] | None
 ) -> dict[str, Entry]:
@@ -205,17 +303,12 @@ def _entries(
     weights = {unit.name: unit.weights for unit in units}
     if chosen is None:
         allowed = {
-            name: {way: option for way, option in own.items() if way not in wish.excluded}
+            name: {way: option for way, option in own.items() if wish.allows(way)}
             for name, own in options.items()
         }
         if wish.loss is not None:
             return choose(allowed, weights, damage=(wish.loss / 100) ** 2)
         return choose(allowed, weights, (wish.bits or 8) / 8 * sum(weights.values()))
-    for name, own in options.items():
-        if chosen.get(name) not in own:
-            raise PlanError(
-                f"the plan says {chosen.get(name)!r} for {name}; possible are {', '.join(own)}."
-            )
     return {name: Entry(chosen[name], weights[name], own) for name, own in options.items()}
 
 

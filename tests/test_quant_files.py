@@ -15,7 +15,7 @@ from seedling.model_loaders.checkpoint import CheckpointError, open_checkpoint
 from seedling.model_loaders.inspect import inspect
 from seedling.model_loaders.load import load_dit
 from seedling.model_loaders.lora import load_lora
-from seedling.quant.encode import WAYS, encode, possible
+from seedling.quant.encode import BASES, WAYS, encode, possible
 from seedling.quant.layouts import Parts, layout_of
 from seedling.quant.linear import QuantizedLinear
 from seedling.quant.lora import Adapters
@@ -63,7 +63,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way.name for way in BASES])
 def test_a_file_of_comfyuis(tmp_path: Path, state: Any, way: str, prefix: str) -> None:
     """Runs like its weights in full precision, but for inputs rounded to int8."""
     path = tmp_path / "q.safetensors"
@@ -167,7 +167,7 @@ def test_a_file_of_bitsandbytes(tmp_path: Path, state: Any) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way.name for way in BASES])
 def test_a_lora_on_quantized_layers(tmp_path: Path, state: Any, way: str, dora: bool) -> None:
     """As on the same weights in full precision; no second copy, strength 0 is without."""
     save_file(in_comfyui(state, way), tmp_path / "q.safetensors")
