@@ -38,7 +38,7 @@ class Series:
     def _plan(self, order: Order, seed: int) -> SetPlan:
         return plan_set(
             self.text,
-            0 if order.count == 1 else order.count,
+            order.count,
             order.series or SEEING[0],
             seed=seed,
             same_seed=order.same_seed,

@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..model_loaders.load import Loaded
-from ..model_loaders.pictures import read_16_bit
+from ..model_loaders.pictures import pixels_of, read_16_bit
 from ..sampling import SamplingError
 from ..sampling.composite import Edit
 from ..sampling.cost import Cost, costs, vlm_tokens
@@ -25,6 +25,7 @@ from .runtime import runtime
 
 MAX_REFERENCES = 14
 MAX_SIDE = 16384  # pixels, as in ComfyUI
+KEYS = ("image", "name", "role", "strength", "on", "size", "vlm_size", "mask")  # of an entry
 SIZES = {"model": None, "1K": 1024, "2K": 2048, "own": 0}
 ReferenceList = io.Custom("SEEDLING_REFERENCES")
 
@@ -190,22 +191,29 @@ def parse(strip: str) -> list[Entry]:
         ) from None
     if not isinstance(values, list):
         raise SamplingError("the list of references must be a JSON list: put it in [ ].")
-    return [entry(value, number) for number, value in enumerate(values, start=1)]
+    found = [entry(value, number) for number, value in enumerate(values, start=1)]
+    names = [item.name for item in found if item.name and item.on and item.strength]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SamplingError(
+            f"@{twice[0]} is the name of two references; give each a name of its own."
+        )
+    return found
 
 
 def entry(value: Any, number: int) -> Entry:
     if isinstance(value, str):
         value = {"image": value}
     if not isinstance(value, dict) or not isinstance(value.get("image"), str):
+        raise SamplingError(f'entry {number} of the list is no file name and no {{"image": …}}.')
+    if unknown := [key for key in value if key not in KEYS]:
         raise SamplingError(
-            f'entry {number} of the list of references must be a file name or {{"image": …}}.'
+            f"reference {number} of the list says '{unknown[0]}', which means nothing; it may say "
+            f"{', '.join(KEYS)}."
         )
+    if not isinstance(on := value.get("on", True), bool):
+        raise SamplingError(f"'on' of reference {number} is {on!r}; give true or false.")
     strength = value.get("strength", 1.0)
-    if (
-        isinstance(strength, bool)
-        or not isinstance(strength, int | float)
-        or not 0 <= strength <= 1
-    ):
+    if type(strength) not in (int, float) or not 0 <= strength <= 1:
         raise SamplingError(
             f"the strength of reference {number} is {strength}; give a number between 0 and 1."
         )
@@ -214,7 +222,7 @@ def entry(value: Any, number: int) -> Entry:
         name=str(value.get("name", "")).strip(),
         role=str(value.get("role", "")).strip(),
         strength=float(strength),
-        on=bool(value.get("on", True)),
+        on=on,
         side=side_of(value.get("size", "model"), number),
         mask=str(value.get("mask", "")).strip(),
         vlm_side=side_of(value.get("vlm_size", "model"), number, "vlm_size") or 0,
@@ -297,9 +305,8 @@ def faded(image: Tensor, mask: Tensor | None, strength: float) -> Tensor:
 
 
 def opened(name: str) -> Tensor:
-    """(H, W, 3 or 4) in 0..1 of a file in ComfyUI's input folder."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """(H, W, 3 or 4) in 0..1, sRGB, of a file in ComfyUI's input folder."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path_of(name)) as image:
@@ -309,14 +316,12 @@ def opened(name: str) -> Tensor:
                     "side are read."
                 )
             deep = read_16_bit(path_of(name))
-            if deep is not None:
-                return deep
-            upright = ImageOps.exif_transpose(image)
-            has_alpha = "A" in upright.getbands() or "transparency" in upright.info
-            pixels = np.array(upright.convert("RGBA" if has_alpha else "RGB"))
+            pixels = pixels_of(image) if deep is None else deep
+            if pixels is None:
+                raise OSError("nothing says what is white in it; save it as a 16-bit PNG.")
+            return pixels
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise SamplingError(f"{name} cannot be read as a picture: {error}") from None
-    return torch.from_numpy(pixels).float() / 255.0
 
 
 def path_of(name: str) -> Path:

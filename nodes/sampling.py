@@ -19,7 +19,6 @@ from ..sampling.sizes import described, grid, parse_size
 from .kept import cache_input, told, use
 from .references import ReferenceList, References
 from .runtime import Conditioning, Run, runtime
-from .size_picture import size_picture
 
 PRESETS = {"model": None, "1K": 1024, "2K": 2048, "4K": 4096}
 FACTOR = 16  # pixels per latent
@@ -37,6 +36,7 @@ class SeedlingCanvasSize(io.ComfyNode):
             category="Seedling",
             description="The size of the picture: from words, from a reference, or exactly.",
             search_aliases=["empty latent", "resolution", "aspect ratio", "画布尺寸", "空Latent"],
+            has_intermediate_output=True,  # ComfyUI says its words again when it need not run
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -96,10 +96,8 @@ class SeedlingCanvasSize(io.ComfyNode):
         latent = {"samples": samples, "downscale_ratio_spacial": FACTOR}
         token = loaded.family.pixels_per_token if loaded else FACTOR
         text = described(width, height, (padded.width, padded.height), token)
-        here = runtime()
-        here.tell(text)
-        # As a preview, not as a result: a drawing has no place among the pictures of the history.
-        here.progress(1)(1, 1, size_picture(width, height, (padded.width, padded.height), text))
+        runtime().tell(text)
+        # The editor draws the canvas from these words: web/canvas_size.js.
         return io.NodeOutput(latent, width, height, ui=ui.PreviewText(text))
 
 

@@ -36,10 +36,14 @@ ITEM = re.compile(
 )
 WORDS = "two three four five six seven eight nine ten eleven twelve".split()
 NUMBERS = {word: number for number, word in enumerate(WORDS, start=2)}
-NUMBERS |= {sign: number for number, sign in enumerate("二三四五六七八九十", start=2)} | {"两": 2}
+SIGNS = {sign: number for number, sign in enumerate("零一二三四五六七八九十")} | {"两": 2}
+# Not "image 2 and image 3", "the third picture" (第三张) or "twenty-four panels".
 SPOKEN = re.compile(
-    rf"\b([0-9]{{1,2}}|{'|'.join(WORDS)})[ -]+(?:\w+[ -]+)?(?:panels?|pictures?|images?|pages?|"
-    rf"scenes?|frames?)\b|([0-9]{{1,2}}|[二两三四五六七八九十])\s*(?:张|幅|格|页|个画面|个分镜)",
+    rf"(?<![\w.,-])(?<!image )(?<!picture )(?<!panel )([0-9]{{1,2}}|{'|'.join(WORDS)})[ -]+"
+    r"(?:(?!(?:and|or|of|in|on|to|from|with|the)\b)\w+[ -]+)?"
+    r"(?:panels?|pictures?|images?|pages?|scenes?|frames?)\b"
+    r"|(?<![第0-9一二两三四五六七八九十])([0-9]{1,2}|[一二两三四五六七八九十]{1,3})\s*"
+    r"(?:张|幅|格|页|个画面|个分镜)",
     re.IGNORECASE,
 )
 
@@ -112,8 +116,14 @@ def count_of(text: str) -> int:
     if len(prompts) != 1 or not spoken:
         return len(prompts)
     word = (spoken[1] or spoken[2]).lower()
-    number = int(word) if word.isdigit() else NUMBERS[word]
+    number = int(word) if word.isdigit() else NUMBERS.get(word) or _signs(word)
     return max(1, min(number, MAX_SET))
+
+
+def _signs(word: str) -> int:
+    """A Chinese number up to 99: 四 is 4, 十二 is 12, 二十 is 20, 二十四 is 24."""
+    tens, ten, ones = word.rpartition("十")
+    return (SIGNS.get(tens, 1) * 10 if ten else 0) + SIGNS.get(ones, 0)
 
 
 def plan_set(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def strip(page: Any, hands: Any, pictures: Path, nodes_2: bool) -> Any:
     hands.open_flow(page, flow())
     wait_for(page, hands, "image 1: image-1.png", "image 2: image-2.png", "image 3: photo.png")
     return page
+
+
+def look(page: Any, name: str) -> None:
+    """Keep what is to be seen, in the folder $SCREENSHOTS if there is one."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
 
 
 def labels(page: Any) -> list[str]:
@@ -144,11 +151,18 @@ def test_a_tile_opens_its_settings(strip: Any, hands: Any) -> None:
     strip.locator(TILES).nth(1).dblclick(position={"x": 36, "y": 40})
     strip.locator(f"{form} input").nth(0).fill("anna")
     strip.locator(f"{form} input").nth(1).fill("the style")
-    strip.locator(f"{form} select").select_option("own")
+    strip.locator(f"{form} select").nth(0).select_option("own")
+    strip.locator(f"{form} select").nth(1).select_option("384")
+    masks = strip.locator(f"{form} select").nth(2).locator("option").all_inner_texts()
+    assert masks == ["its own", "none"]
     strip.locator(f"{form} input[type=range]").fill("0.5")
-    entry = {"image": "image_2", "name": "anna", "role": "the style", "size": "own"}
+    entry: dict[str, Any] = {"image": "image_2", "name": "anna", "role": "the style"}
+    entry |= {"size": "own", "vlm_size": 384}
     strip.wait_for_function(f"{LIST}.includes('0.5')", timeout=hands.SLOW)
     assert listed(strip) == ["image_1", {**entry, "strength": 0.5}, "image_3"]
+    look(strip, f"settings_{int(strip.evaluate('LiteGraph.vueNodesMode'))}")
+    strip.locator(f"{form} select").nth(1).select_option("model")  # as ever: nothing is written
+    strip.wait_for_function(f"!{LIST}.includes('vlm_size')", timeout=hands.SLOW)
     strip.keyboard.press("Escape")
     assert strip.locator(form).is_hidden()
     focused = "document.activeElement.getAttribute('aria-label')"

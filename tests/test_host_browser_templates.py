@@ -19,7 +19,9 @@ PATIENCE, RUN = 120_000, 240_000  # milliseconds: a machine that is shared
 
 
 sys.path.append(str(TESTS / "workflows"))
-canvas, layouts, make = (importlib.import_module(n) for n in ("canvas", "layouts", "make"))
+canvas, check, layouts, make = (
+    importlib.import_module(name) for name in ("canvas", "check", "layouts", "make")
+)
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SHOWN = "app.rootGraph.nodes.find(n => n.type === 'SaveImage').imgs?.[0]?.naturalWidth === 128"
@@ -142,6 +144,41 @@ def test_a_further_visit_keeps_the_tabs(page: Any, hands: Any, host: Any) -> Non
     wait_for_nodes(page, count)
     assert (tabs(page), active(page)) == (before, front) and before
     assert troubles(page) == 0
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes 2.0"])
+@pytest.mark.parametrize("title", ["Fix a Region", "Sketch to Picture", "Character Sheet"])
+def test_a_run_makes_no_node_grow(page: Any, hands: Any, title: str, nodes_2: bool) -> None:
+    """With texts and previews each node is as high as it was shipped: nothing lies on anything."""
+    shipped = example(title)
+    for node in shipped["nodes"]:
+        values = node.get("widgets_values_named", {})
+        if node["type"] == "SeedlingCanvasSize" and nodes_2:
+            values["shape"] = "128x160"  # what was done before is not done again
+            node["widgets_values"] = list(values.values())
+    hands.set_nodes_2(page, nodes_2)
+    hands.open_flow(page, shipped)
+    page.evaluate("""() => {
+        window.ended = null;
+        const { api } = window.comfyAPI.api;
+        for (const kind of ['execution_success', 'execution_error'])
+            api.addEventListener(kind, () => (window.ended = kind), { once: true });
+    }""")
+    hands.run(page)
+    page.wait_for_function("window.ended", timeout=RUN)
+    assert page.evaluate("window.ended") == "execution_success"
+    page.wait_for_timeout(2500)
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+    keep(page, f"ran-{title}-{int(nodes_2)}")
+    after = saved(page)
+    high = {node["id"]: node["size"][1] for node in shipped["nodes"]}
+    grown = [
+        f"{node['type']}: {high[node['id']]} -> {node['size'][1]}"
+        for node in after["nodes"]
+        if node["size"][1] > high[node["id"]] + 1
+    ]
+    assert grown == [] and check.overlaps(after) == []
 
 
 # ---- blueprints --------------------------------------------------------------------------------

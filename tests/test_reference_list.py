@@ -90,7 +90,8 @@ def made(seed: int) -> dict[str, Any]:
             {"on": True},
             {"strength": 0},
             {"strength": 0.5},
-            {"name": "cat"},
+            {"name": f"cat {len(entries)}"},
+            {"size": "own", "vlm_size": 64, "mask": "none"},
         ]
         entry = {"image": name, **rng.choice(more)}
         entries.append(name if len(entry) == 1 and rng.random() < 0.5 else entry)
@@ -223,4 +224,6 @@ def test_a_setting_that_says_nothing_is_not_written(root: Path) -> None:
     assert plain == [entries[0], {"image": "b.png", "why": "kept"}]
     assert sized == [entries[0], {**entries[1], "size": 512}]
     assert same == entries
-    assert told == {"name": "", "role": "style", "strength": 1, "size": "model"}
+    assert told == {
+        "name": "", "role": "style", "strength": 1, "size": "model", "vlm_size": "model", "mask": ""
+    }  # fmt: skip

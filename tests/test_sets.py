@@ -227,3 +227,25 @@ def test_a_contact_sheet_shows_all_in_order() -> None:
     assert torch.equal(sheet[:4], torch.ones_like(sheet[:4]))
     with pytest.raises(SamplingError, match="at least one picture"):
         contact_sheet([])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("combine image 2 and image 3", 1),
+        ("put the star of image 2 in pictures of snow", 1),
+        ("like the picture 4 images above", 1),
+        ("a story in twenty-four panels", 1),
+        ("a story in four panels", 4),
+        ("a 4-panel story of three cats", 4),
+        ("six small pictures of a fox", 6),
+        ("画十二张图", 12),
+        ("二十张", 20),
+        ("二十四格漫画", 24),
+        ("两张图片", 2),
+        ("像第三张那样", 1),
+        ("12张", 12),
+    ],
+)
+def test_numbers_that_are_counts_and_others(text: str, count: int) -> None:
+    assert count_of(text) == count

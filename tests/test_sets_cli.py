@@ -203,3 +203,12 @@ def test_options_that_do_not_go_together(words: list[str], said: str, capsys: An
     with pytest.raises(SystemExit):
         main(["generate", "x", *words])
     assert said in capsys.readouterr().err
+
+
+def test_the_count_of_a_set(made: Any, tmp_path: Path) -> None:
+    """As many as its prompts say, or exactly so many: one too."""
+    story = "1. asleep\n2. awake\n3. away"
+    for words, count in (((), 3), (("--count", 0), 3), (("--count", 1), 1), (("--count", 2), 2)):
+        said = made(story, "--set", "independent", *words)
+        number = "1 picture " if count == 1 else f"{count} pictures "
+        assert f"Making {number}" in said, words

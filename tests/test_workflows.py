@@ -148,6 +148,11 @@ def misplace(graph: Any) -> None:
     graph["nodes"][1]["pos"] = graph["nodes"][0]["pos"]
 
 
+def flatten(graph: Any) -> None:
+    node = next(n for n in graph["nodes"] if n["type"] == "SeedlingFewStepSampler")
+    node["size"][1] = 290
+
+
 def rename(graph: Any) -> None:
     graph["nodes"][0]["type"] = "SeedlingLoadNothing"
 
@@ -174,7 +179,8 @@ def cross(graph: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (unplug, "is not in the list"), (misplace, "lies on"), (rename, "which is not there"),
+        (unplug, "is not in the list"), (misplace, "lies on"), (flatten, "when it ran"),
+        (rename, "which is not there"),
         (reorder, "are not those by order"), (overdo, "out of range"),
         (lose_a_model, "no choice"), (cross, "is not the one"),
     ],

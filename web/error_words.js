@@ -3,6 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { nodeOf } from "./page.js";
 
 const PREFIX = "Seedling"; // of all our node ids
 // The folder under which the pack was loaded: it is in the module names of our exceptions, which
@@ -21,20 +22,14 @@ function tell({ detail }) {
   last = { text, time: now };
   app.extensionManager.toast.add({
     severity: "error",
-    summary: titleOf(String(id), type),
+    summary: titleOf(id, type),
     detail: text.trim(),
     life: LIFE,
   });
 }
 
-/** The title of the node that failed: "5:3" is node 3 in the subgraph of node 5. */
 function titleOf(id, type) {
-  let graph = app.rootGraph;
-  let node = null;
-  for (const part of id.split(":")) {
-    node = graph?.getNodeById(Number(part));
-    graph = node?.subgraph;
-  }
+  const node = nodeOf(id);
   // The job may be another workflow's than the one that is open.
   if (node?.comfyClass === type) return node.title;
   return LiteGraph.registered_node_types[type]?.title ?? type;

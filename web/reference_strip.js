@@ -179,7 +179,8 @@ class Strip {
     });
     const { words: say } = this;
     const note = this.wired ? say.wired : !listed ? say.broken : items.length ? null : say.empty;
-    return { items, note, locked: this.wired || !listed };
+    const masks = [...links(this.node, "mask").keys()];
+    return { items, note, locked: this.wired || !listed, masks };
   }
 
   dropped(event) {

@@ -64,6 +64,7 @@ def test_the_page_starts_without_a_complaint_of_ours(page: Any) -> None:
 
 
 test_a_set_shows_all_that_is_done = sets.test_a_set_shows_all_that_is_done
+test_what_was_shown_is_there_again = sets.test_what_was_shown_is_there_again
 
 
 def test_what_failed_is_said_in_words(page: Any, hands: Any) -> None:

@@ -36,6 +36,12 @@ def files(server: Any, name: str) -> list[str]:
     return sorted(path.name for path in (server.base / "output").glob(f"{name}_*.png"))
 
 
+def saved_of(output: dict[str, Any] | None, name: str) -> int:
+    """How many pictures of the set a node has shown."""
+    named = [image["filename"] for image in (output or {}).get("images", ())]
+    return sum(file.startswith(f"{name}_") for file in named)
+
+
 async def heard(server: Any, prompt: dict[str, Any], name: str, after: int | None) -> list[Any]:
     """What the page is told of a job; `after`: stop it when so many pictures are there."""
     import aiohttp
@@ -53,8 +59,8 @@ async def heard(server: Any, prompt: dict[str, Any], name: str, after: int | Non
             if data.get("prompt_id") != job:
                 continue
             messages.append((kind, data))
-            if kind == "executed" and "images" in (data["output"] or {}):
-                done += 1
+            if kind == "executed" and (of_set := saved_of(data["output"], name)):
+                done += of_set
                 assert len(files(server, name)) >= done, "it is a file when the page is told"
                 if after:
                     assert server.ask(f"/history/{job}") == {}, "and the job goes on"
@@ -137,3 +143,69 @@ def test_a_set_takes_each_item_of_a_wired_list(server: Any) -> None:
     prompt["7"] = {"class_type": "SeedlingImageSet", "inputs": second}
     server.run(prompt)
     assert len(files(server, "first")) == 2 and len(files(server, "second")) == 4
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_a_joint_set_is_the_engine_s(server: Any, tiny_model: Any) -> None:
+    """All at once, with a reference, guidance and a negative prompt: the same bits, each a file."""
+    import torch
+
+    from seedling.sampling.pipeline import Picture, Pipeline, Task
+    from seedling.sampling.sets import plan_set, run_set
+
+    seen = server.base / "input" / "seen.png"
+    values = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(values).save(seen)
+    prompt = graph(
+        "joint", "each other, all at once", prompts="a cat\na dog\na hat", steps=3, guidance=2.5,
+        negative="blue",
+    )  # fmt: skip
+    prompt["8"] = {"class_type": "LoadImage", "inputs": {"image": "seen.png"}}
+    prompt["6"] = {
+        "class_type": "SeedlingReferences",
+        "inputs": {"size": "own", "strip": "", "images.image_1": ["8", 0]},
+    }
+    prompt["5"]["inputs"]["references"] = ["6", 0]
+    prompt["7"] = {"class_type": "PreviewImage", "inputs": {"images": ["5", 1]}}
+    prompt["9"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["5", 0], "filename_prefix": "joined"},
+    }
+    messages = run(server, prompt, "joint")
+    assert messages[-1][0] == "execution_success"
+    shown = [data for data in of(messages, "executed") if "images" in (data["output"] or {})]
+    (of_set,) = (data for data in shown if data["display_node"] == "5")
+    assert [image["filename"] for image in of_set["output"]["images"]] == files(server, "joint")
+    assert len(files(server, "joint")) == 3 == len(files(server, "joined"))
+
+    pipeline = Pipeline.load(tiny_model.dit, tiny_model.vae, tiny_model.encoder)
+    plan = plan_set(prompt["5"]["inputs"]["prompts"], seeing="joint", seed=1, references=1)
+    picture = torch.from_numpy(values).float() / 255
+    task = Task("", (picture,), size=(64, 64), steps=3, guidance=2.5, negative="blue", resolution=0)
+    wanted = [e.pixels for e in run_set(pipeline, task, plan) if isinstance(e, Picture)]
+    assert len(wanted) == 3
+    named = zip(files(server, "joint"), files(server, "joined"), wanted, strict=True)
+    for name, other, made in named:
+        saved = np.clip(255 * made.numpy(), 0, 255).astype(np.uint8)
+        assert np.array_equal(pixels(server.base / "output" / name), saved)
+        assert np.array_equal(pixels(server.base / "output" / other), saved), "as a list, too"
+
+
+def test_a_job_that_changes_nothing_makes_nothing(server: Any) -> None:
+    """ComfyUI sends again what a cached node itself had shown; a set's pictures are shown by nodes
+    that it unfolds into, and a set whose result is known does not unfold. Those of core are sent.
+    """
+    prompt = graph("twice", "references only", prompts="a cat\na dog", steps=2)
+    prompt["7"] = {"class_type": "PreviewImage", "inputs": {"images": ["5", 1]}}
+    run(server, prompt, "twice")
+    messages = run(server, prompt, "twice")
+    assert messages[-1][0] == "execution_success" and len(files(server, "twice")) == 2
+    assert {"4", "5", "7"} <= set(of(messages, "execution_cached")[0]["nodes"])
+    assert not [data for data in of(messages, "executing") if data["node"] is not None]
+    sent = {data["node"]: data["output"] for data in of(messages, "executed")}
+    assert sent["5"] is None and "images" in sent["7"]
+    assert sent["4"]["text"][0].startswith("64 x 64 pixels"), "and the words of Canvas Size"

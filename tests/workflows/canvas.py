@@ -24,6 +24,17 @@ YELLOW = {"color": "#432", "bgcolor": "#653"}  # and where one reads
 BLUE = "#3f789e"  # of groups
 NAMESPACE = uuid.UUID("6f1c1a52-6f7c-5d0a-9d4c-5eed11a60001")
 
+# Heights of nodes that ran, with their text and their preview, as the editor (1.49) shows them: the
+# larger of those that it draws and those of Nodes 2.0. The browser's tests hold them to the page.
+RAN = {
+    "SeedlingLoadDiT": 174, "SeedlingLoadEncoder": 174, "SeedlingLoadVAE": 174,
+    "SeedlingCanvasSize": 502, "SeedlingEncodeInstruction": 278, "SeedlingFewStepSampler": 558,
+    "SeedlingReferences": 304, "SeedlingImageSet": 860, "SeedlingEditRegion": 470,
+    "SeedlingControlSignal": 218, "SeedlingPreservationReport": 190, "SeedlingFinishEdit": 110,
+    "VAEDecode": 54, "PreviewImage": 266, "SaveImage": 330,
+}  # fmt: skip
+ROW = 20  # of a socket; RAN has none for the pictures of References
+
 
 class Box(NamedTuple):
     """x, y, width, height in the canvas's pixels. A node's title bar lies 30 above its y."""
@@ -155,10 +166,12 @@ class Canvas:
 
     def node(self, key: str, api: Json, info: Json, properties: Mapping[str, Json]) -> Json:
         kind, place = api["class_type"], self.layout.nodes[key]
+        pictures = sum(slot.name.startswith("images.") for slot in self.slots[key])
+        height = max(place.h, RAN[kind] + ROW * max(0, pictures - 1))  # so that nothing moves later
         positional, named = values(info, api["inputs"], self.layout.control.get(key, "randomize"))
         outputs = zip(info["output"], info["output_name"], info["output_is_list"], strict=True)
         node = {
-            "id": int(key), "type": kind, "pos": [place.x, place.y], "size": [place.w, place.h],
+            "id": int(key), "type": kind, "pos": [place.x, place.y], "size": [place.w, height],
             "flags": {}, "order": 0, "mode": 0,
             "inputs": [input_slot(slot) for slot in self.slots[key]],
             "outputs": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from canvas import CONTROL, INSIDE, OUTSIDE, VIRTUAL, Box, Json, slots
+from canvas import CONTROL, INSIDE, OUTSIDE, RAN, VIRTUAL, Box, Json, slots
 
 TITLE = 30  # pixels above a node's y
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
@@ -41,6 +41,8 @@ def node_faults(node: Json, info: Json) -> Iterable[str]:
     wanted = slots(info, wired)
     if names != {slot.name for slot in wanted}:
         yield f"its inputs are {sorted(names)}"
+    if node["size"][1] < RAN[node["type"]]:
+        yield f"it is {node['size'][1]} high, and will be {RAN[node['type']]} when it ran"
     if [slot["type"] for slot in node["outputs"]] != info["output"]:
         yield f"its outputs are {[slot['type'] for slot in node['outputs']]}"
     values = list(node.get("widgets_values", ()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from canvas import Blueprint, Box, Layout, Port
 from layouts_edits import EDITS
 
-LOADERS = {"1": Box(0, 0, 330, 82), "2": Box(0, 230, 330, 82), "3": Box(0, 460, 330, 82)}
+LOADERS = {"1": Box(0, 0, 330, 174), "2": Box(0, 230, 330, 174), "3": Box(0, 460, 330, 174)}
 MODEL = {"Model": Box(-20, -80, 370, 740)}
 WEIGHTS = """\
 **seedling-tiny** is a demonstration: 128 x 128 pixels, a few shapes and colours.
@@ -23,9 +23,9 @@ TEXT_TO_IMAGE = Layout(
     nodes={
         **LOADERS,
         "4": Box(420, 330, 400, 510),
-        "5": Box(420, 0, 400, 200),
-        "6": Box(900, 0, 330, 258),
-        "7": Box(900, 640, 330, 46),
+        "5": Box(420, 0, 400, 278),
+        "6": Box(900, 0, 330, 558),
+        "7": Box(900, 640, 330, 54),
         "9": Box(1310, 0, 440, 520),
     },
     groups=MODEL | {
@@ -54,32 +54,33 @@ MANY_SEEDS = Layout(
 )  # fmt: skip
 
 A, B, C, D = 400, 830, 1260, 1630  # columns of the larger workflows
+SECOND = 710  # y of their second row
 
 EDIT = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 480),
-        "5": Box(B, 0, 380, 200),
-        "6": Box(C, 0, 320, 258),
-        "7": Box(D, 0, 320, 46),
-        "14": Box(D, 90, 320, 230),
-        "8": Box(A, 620, 380, 200),
-        "10": Box(B, 620, 380, 200),
-        "9": Box(B, 890, 380, 480),
-        "11": Box(C, 620, 320, 258),
-        "12": Box(D, 620, 400, 46),
-        "13": Box(D, 710, 400, 460),
+        "4": Box(A, 0, 380, 502),
+        "5": Box(B, 0, 380, 278),
+        "6": Box(C, 0, 320, 558),
+        "7": Box(D, 0, 320, 54),
+        "14": Box(D, 110, 320, 300),
+        "8": Box(A, SECOND, 380, 344),
+        "10": Box(B, SECOND, 380, 278),
+        "9": Box(B, SECOND + 330, 380, 502),
+        "11": Box(C, SECOND, 320, 558),
+        "12": Box(D, SECOND, 400, 54),
+        "13": Box(D, SECOND + 110, 400, 460),
     },
     groups=MODEL | {
-        "1 · A picture to edit": Box(A - 20, -80, 1590, 600),
-        "2 · What to change": Box(A - 20, 540, 850, 880),
-        "3 · Paint the edit": Box(C - 20, 540, 810, 880),
+        "1 · A picture to edit": Box(A - 20, -80, 1590, 670),
+        "2 · What to change": Box(A - 20, SECOND - 80, 850, 935),
+        "3 · Paint the edit": Box(C - 20, SECOND - 80, 810, 670),
     },
     notes={
         "The upper row paints a picture to edit. For one of your own wire *Load Image* to image_1 "
         "of *References*, or drop a file on that node, and delete the row.\n\n"
         "The lower *Canvas Size* takes the size of the first reference, so that nothing shifts.\n":
-            Box(A - 20, 1480, 850, 120),
+            Box(A - 20, SECOND + 910, 850, 120),
         WEIGHTS: BELOW_LOADERS,
     },
     titles={"5": "Encode Instruction: the picture", "10": "Encode Instruction: the edit"},
@@ -89,26 +90,26 @@ EDIT = Layout(
 COMPOSE = Layout(
     nodes={
         **LOADERS,
-        "4": Box(A, 0, 380, 500),
-        "5": Box(B, 0, 380, 200),
-        "6": Box(C, 0, 320, 258),
-        "7": Box(D, 0, 320, 46),
-        "16": Box(D, 90, 320, 230),
-        "8": Box(B, 620, 380, 200),
-        "9": Box(C, 620, 320, 258),
-        "10": Box(D, 620, 320, 46),
-        "17": Box(D, 710, 320, 230),
-        "11": Box(A, 1240, 380, 220),
-        "12": Box(B, 1240, 380, 200),
-        "13": Box(C, 1240, 320, 258),
-        "14": Box(D, 1240, 400, 46),
-        "15": Box(D, 1330, 400, 330),
+        "4": Box(A, 0, 380, 502),
+        "5": Box(B, 0, 380, 278),
+        "6": Box(C, 0, 320, 558),
+        "7": Box(D, 0, 320, 54),
+        "16": Box(D, 110, 320, 300),
+        "8": Box(B, SECOND, 380, 278),
+        "9": Box(C, SECOND, 320, 558),
+        "10": Box(D, SECOND, 320, 54),
+        "17": Box(D, SECOND + 110, 320, 300),
+        "11": Box(A, 2 * SECOND, 380, 364),
+        "12": Box(B, 2 * SECOND, 380, 278),
+        "13": Box(C, 2 * SECOND, 320, 558),
+        "14": Box(D, 2 * SECOND, 400, 54),
+        "15": Box(D, 2 * SECOND + 110, 400, 440),
     },
     groups=MODEL | {
         "Size": Box(A - 20, -80, 420, 620),
-        "Image 1": Box(B - 20, -80, 1160, 600),
-        "Image 2": Box(B - 20, 540, 1160, 600),
-        "Both in one picture": Box(A - 20, 1160, 1670, 620),
+        "Image 1": Box(B - 20, -80, 1160, 670),
+        "Image 2": Box(B - 20, SECOND - 80, 1160, 670),
+        "Both in one picture": Box(A - 20, 2 * SECOND - 80, 1670, 670),
     },
     notes={
         "Two pictures are painted first. For your own wire *Load Image* to image_1, image_2, … of "
@@ -127,12 +128,12 @@ COMPOSE = Layout(
 IMAGE_SET = Layout(
     nodes={
         **LOADERS,
-        "4": Box(420, 0, 400, 400),
+        "4": Box(420, 0, 400, 502),
         "5": Box(900, 0, 440, 860),
         "6": Box(1400, 0, 440, 520),
     },
     groups=MODEL | {
-        "Size": Box(400, -80, 440, 500),
+        "Size": Box(400, -80, 440, 610),
         "One prompt a line": Box(880, -80, 480, 960),
         "All of them": Box(1380, -80, 480, 640),
     },
@@ -140,7 +141,7 @@ IMAGE_SET = Layout(
         "One picture for each line, saved as soon as it is done. Stop whenever you like: the next "
         "run goes on from there.\n\nWire *References* to give all of them the same figure.\n\n"
         "*each sees* › *the pictures before it* lets every picture see the finished ones: figures "
-        "stay alike, and it takes longer.\n": Box(400, 490, 440, 280),
+        "stay alike, and it takes longer.\n": Box(400, 600, 440, 280),
         WEIGHTS: BELOW_LOADERS,
     },
 )  # fmt: skip
@@ -168,19 +169,19 @@ def models(*more: Port) -> tuple[Port, ...]:
 T2I_PLACES = {key: TEXT_TO_IMAGE.nodes[key] for key in ("1", "2", "3", "4", "5", "6", "7")}
 EDIT_PLACES = {
     **LOADERS,
-    "8": Box(420, 0, 400, 200),
-    "9": Box(420, 300, 400, 400),
-    "10": Box(900, 0, 400, 200),
-    "11": Box(1380, 0, 330, 258),
-    "12": Box(1380, 350, 330, 46),
+    "8": Box(420, 0, 400, 344),
+    "9": Box(420, 400, 400, 502),
+    "10": Box(900, 0, 400, 278),
+    "11": Box(1380, 0, 330, 558),
+    "12": Box(1380, 620, 330, 54),
 }
 COMPOSE_PLACES = {
     **LOADERS,
-    "11": Box(420, 0, 400, 240),
-    "4": Box(420, 340, 400, 400),
-    "12": Box(900, 0, 400, 200),
-    "13": Box(1380, 0, 330, 258),
-    "14": Box(1380, 350, 330, 46),
+    "11": Box(420, 0, 400, 404),
+    "4": Box(420, 460, 400, 502),
+    "12": Box(900, 0, 400, 278),
+    "13": Box(1380, 0, 330, 558),
+    "14": Box(1380, 620, 330, 54),
 }
 BLUEPRINTS = {
     "text_to_image": Blueprint(

@@ -1,6 +1,7 @@
 // The list that the References node reads from its `strip` input, as plain data: no page, no node.
-// An entry is {image, name, role, strength, on, mask}; `image` is a file of the input folder or an
-// input ("image_2"); so is `mask`, which without a word is the input of the same number ("mask_2").
+// An entry is {image, name, role, strength, on, size, vlm_size, mask}; `image` is a file of the
+// input folder or an input ("image_2"); so is `mask`, which without a word is the input of the
+// same number ("mask_2").
 // Keys that this file does not know are kept.
 
 const SOCKET = /^image_(\d+)$/;
@@ -64,7 +65,7 @@ export function toggled(entries, index) {
   return entries.with(index, entry);
 }
 
-const PLAIN = { name: "", role: "", strength: 1, size: "model" };
+const PLAIN = { name: "", role: "", strength: 1, size: "model", vlm_size: "model", mask: "" };
 
 /** What an entry says, and what it means where it says nothing. */
 export function settings(entry) {

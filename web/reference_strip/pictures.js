@@ -26,7 +26,9 @@ export function arriving(graph, link) {
   if (!node) return { label: "", url: null };
   const file = uploaded(node);
   const named = node.title !== node.constructor.title;
-  return { label: file && !named ? file.name : node.title, url: file?.url ?? produced(node) };
+  const beside = () => (node.graph === graph ? seenBeside(node, link) : null);
+  const url = file?.url ?? produced(node) ?? beside();
+  return { label: file && !named ? file.name : node.title, url };
 }
 
 /** What to show of a file of the input folder ("sub/cat.png", "cat.png [output]"). */
@@ -88,6 +90,17 @@ function valueOf(node, widget) {
   if (!link.originIsIoNode) return null; // another node computes it
   const name = node.graph.inputs[link.origin_slot]?.name;
   return hostOf(node.graph)?.widgets.find((each) => each.name === name)?.value ?? null;
+}
+
+/** What a node shows that gets the same picture, such as Preview Image; null when none does. */
+function seenBeside(node, link) {
+  const slot = node.outputs[link.origin_id === node.id ? link.origin_slot : -1];
+  const others = (slot?.links ?? []).map((id) => node.graph.getLink(id)?.target_id);
+  for (const other of others.map((id) => node.graph.getNodeById(id))) {
+    const url = other?.comfyClass?.match(/^(Preview|Save)Image/) ? produced(other) : null;
+    if (url) return url;
+  }
+  return null;
 }
 
 /** The first picture that a node has shown; null when it has not run or shows none. */

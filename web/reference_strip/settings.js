@@ -2,12 +2,14 @@
 
 const ROLES = ["the subject", "the style", "the layout", "the colours", "the background"];
 const SIZES = ["model", "1K", "2K", "own"];
+const VLM_SIZES = ["model", "256", "384", "512", "768", "1024"]; // any number of pixels is one too
 let forms = 0; // for the ids that a list of suggestions needs
 
 /**
  * @param words see words.js
  * @param act   {set(key, value), close()}
- * @returns {element, show(settings, title), focus()}; settings: {name, role, strength, size}
+ * @returns {element, show(settings, title, masks), focus()}
+ *   settings: {name, role, strength, size, vlm_size, mask}; masks: the inputs that have one
  */
 export function makeSettings(words, act) {
   const element = document.createElement("form");
@@ -22,6 +24,8 @@ export function makeSettings(words, act) {
     role: input({ type: "text", placeholder: ROLES[0] }),
     strength: input({ type: "range", min: 0.05, max: 1, step: 0.05 }),
     size: select(SIZES),
+    vlm_size: select(VLM_SIZES),
+    mask: select([]),
   };
   fields.role.setAttribute("list", list.id);
   element.append(title, list);
@@ -43,14 +47,15 @@ export function makeSettings(words, act) {
   });
   element.addEventListener("pointerdown", (event) => event.stopPropagation());
 
-  function show(settings, told) {
+  function show(settings, told, masks) {
     element.hidden = !settings;
     if (!settings) return;
     title.textContent = told;
+    offer(fields.mask, ["", "none", ...masks], words.masks);
     for (const [key, field] of Object.entries(fields)) {
       const text = String(settings[key]);
-      // A size in pixels, written by hand, is a choice too.
-      if (key === "size" && ![...field.options].some((o) => o.value === text)) {
+      // What was written by hand, a size in pixels or a mask's file, is a choice too.
+      if (field.options && ![...field.options].some((o) => o.value === text)) {
         field.append(new Option(text, text));
       }
       if (document.activeElement !== field || field.type !== "text") field.value = text;
@@ -62,7 +67,7 @@ export function makeSettings(words, act) {
 
 function value(key, field) {
   if (key === "strength") return Number(field.value);
-  if (key === "size" && /^\d+$/.test(field.value)) return Number(field.value);
+  if (field.options && /^\d+$/.test(field.value)) return Number(field.value);
   return field.value.trim();
 }
 
@@ -72,6 +77,13 @@ function input(options) {
 
 function select(values) {
   const made = document.createElement("select");
-  made.append(...values.map((text) => new Option(text, text)));
+  offer(made, values);
   return made;
+}
+
+/** Gives a select these choices; `told` are words for some of them. */
+function offer(field, values, told = {}) {
+  const now = values.map((text) => new Option(told[text] ?? text, text));
+  const same = (option, i) => option.value === field.options[i]?.value;
+  if (now.length !== field.options.length || !now.every(same)) field.replaceChildren(...now);
 }

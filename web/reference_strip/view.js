@@ -8,7 +8,7 @@ const STARTS = 4; // pixels that the pointer moves before a press becomes a drag
 /**
  * @param words see words.js
  * @param act   {move(from, to), toggle(index), remove(index), set(index, key, value), add(files)}
- * @returns {element, height(), dragging(), render({items, note, locked})}
+ * @returns {element, height(), dragging(), render({items, note, locked, masks})}
  *   items: [{key, label, name, url, number, on, missing, removable, settings}]
  */
 export function makeView(words, act) {
@@ -25,7 +25,8 @@ export function makeView(words, act) {
   list.setAttribute("aria-description", words.help);
   live.setAttribute("aria-live", "polite");
   element.tabIndex = -1; // so that a click on it brings pasted files here
-  const view = { items: [], locked: false, drag: null, list, live, act, words, tiles: new Map() };
+  const view = { items: [], masks: [], locked: false, drag: null, list, live, act, words };
+  view.tiles = new Map();
   view.opened = null; // key of the item whose settings are shown
   view.form = makeSettings(words, {
     set: (key, value) => act.set(openedIndex(view), key, value),
@@ -38,9 +39,9 @@ export function makeView(words, act) {
   list.addEventListener("pointerdown", (event) => onPress(view, event));
   takeFiles(element, view);
 
-  function render({ items, note: said, locked }) {
+  function render({ items, note: said, locked, masks }) {
     const focused = view.items[indexOf(view, document.activeElement)]?.key;
-    Object.assign(view, { items, locked });
+    Object.assign(view, { items, locked, masks });
     for (const key of view.tiles.keys()) {
       if (!items.some((item) => item.key === key)) view.tiles.delete(key);
     }
@@ -160,7 +161,7 @@ function closeSettings(view) {
 
 function showSettings(view) {
   const item = view.locked ? undefined : view.items[openedIndex(view)];
-  view.form.show(item?.settings, item?.label);
+  view.form.show(item?.settings, item?.label, view.masks);
   for (const [key, tile] of view.tiles) tile.classList.toggle("opened", key === view.opened);
 }
 
