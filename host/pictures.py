@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from ..model_loaders.pictures import pixels_of
 
 MAX_PIXELS = 80_000_000  # below what Pillow itself calls a bomb
 MAX_BYTES = 1 << 29
@@ -47,15 +48,15 @@ class PictureFile:
 def read_picture(path: Path | str) -> PictureFile:
     """Read a picture, turned the way its camera was held. Raises PictureError.
 
-    Palettes, greys, CMYK and 16 bits become RGB; transparency of any kind becomes alpha. Of an
-    animation this is the first frame.
+    Palettes, greys, CMYK and 16 bits become RGB; transparency of any kind becomes alpha; a colour
+    profile is followed, to sRGB. Of an animation this is the first frame.
     """
     path = Path(path)
     data = _bytes(path)
     with _opened(path, data, FORMATS) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow about small damages
         try:
-            pixels = _pixels(ImageOps.exif_transpose(image), image.format)
+            pixels = pixels_of(image)
         except DAMAGED as error:
             raise _damaged(path, error) from error
     if pixels is None:
@@ -110,22 +111,16 @@ def _damaged(path: Path, error: Exception) -> PictureError:
     return PictureError(f"{path} is damaged or cut short ({why}); save or download it again.")
 
 
-def _pixels(image: Image.Image, form: str | None) -> Tensor | None:
-    """(H, W, 3 or 4) in 0..1; None for 32-bit numbers, of which nobody says what is white.
-
-    Pillow before 11 calls the 16 bits of a grey PNG "I".
-    """
-    if image.mode.startswith("I;16") or (image.mode, form) == ("I", "PNG"):
-        grey = np.array(image).astype(np.float32) / 65535.0
-        return torch.from_numpy(grey)[..., None].expand(-1, -1, 3).contiguous()
-    if image.mode in ("I", "F"):
-        return None
-    mode = "RGBA" if image.has_transparency_data else "RGB"
-    return torch.from_numpy(np.array(image.convert(mode))).float() / 255.0
-
-
 def to_image(pixels: Tensor) -> Image.Image:
-    """(H, W, 3 or 4) in 0..1 -> an 8-bit picture, each value rounded to the nearest."""
+    """(H, W, 3 or 4) in 0..1 -> an 8-bit picture, each value rounded to the nearest.
+
+    PictureError for one that is no numbers, which would be saved as noise.
+    """
+    if not bool(pixels.isfinite().all()):
+        raise PictureError(
+            "the picture came out as no numbers (NaN): a LoRA is too strong, or weights are "
+            "damaged or too large for 16 bits; it was not saved."
+        )
     values = (pixels.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(values.numpy())
 

@@ -230,7 +230,13 @@ def bias_delta(module: Module) -> Tensor | None:
 
 
 def _tensor(module: Module, part: str) -> Tensor:
-    return module.checkpoint.tensor(module.tensors[part])
+    found = module.checkpoint.tensor(module.tensors[part])
+    if part != "alpha" and not bool(found.isfinite().all()):
+        raise CheckpointError(
+            f"{module.checkpoint.name}: the LoRA of {printable(module.name)} has numbers that are "
+            "none (NaN or infinite): its training failed, or the file is damaged; get another one."
+        )
+    return found
 
 
 def _scale(module: Module) -> float:

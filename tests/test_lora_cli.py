@@ -136,7 +136,9 @@ def test_what_a_strength_is(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--lora", "none.safetensors"], "--lora none.safetensors is no file, and nothing in"),
-        (["--lora", "one.safetensors:nan"], "the strength must be a number such as 0.8."),
+        (["--lora", "one.safetensors:nan"], "the strength must be a number such as 0.8"),
+        (["--lora", "one.safetensors:0,8"], "the strength must be a number such as 0.8"),
+        (["--lora", "one.safetensors:-1e300"], "from -100 to 100"),
         (["--lora", "one.safetensors", "--lora", "one.safetensors:2"], "a LoRA was given twice"),
         (["--lora", "other.safetensors"], "other.safetensors has nothing for tiny.safetensors"),
         (["--lora", "cut.safetensors"], "cut.safetensors is cut short"),

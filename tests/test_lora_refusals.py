@@ -44,6 +44,12 @@ def refusal(tensors: dict[str, Tensor], loaded: Loaded, folder: Path, **metadata
     return text
 
 
+def broken(part: str, number: float) -> dict[str, Tensor]:
+    made = pair()
+    made[f"{Q}.{part}.weight"][1, 1] = number
+    return made
+
+
 CASES: dict[str, tuple[dict[str, Tensor], str]] = {
     "half is missing": ({f"{Q}.lora_A.weight": torch.ones(2, 64)}, "is incomplete: up missing"),
     "unequal ranks": (
@@ -111,6 +117,15 @@ def test_what_does_not_fit_is_one_sentence(case: str, loaded: Loaded, tmp_path: 
     tensors, message = CASES[case]
     assert re.search(message, refusal(tensors, loaded, tmp_path))
     assert not any(layer._forward_hooks for layer in loaded.module.modules())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_numbers_that_are_none(part: str, number: float, loaded: Loaded, tmp_path: Path) -> None:
+    """Torch's attention turns them into zeros: the picture would be quietly wrong."""
+    save_file(broken(part, number), tmp_path / "style.safetensors")
+    with pytest.raises(CheckpointError, match=rf"style.safetensors: the LoRA of {Q} has numbers"):
+        load_lora(tmp_path / "style.safetensors", loaded)
 
 
 def test_settings_that_are_no_settings(loaded: Loaded, tmp_path: Path) -> None:

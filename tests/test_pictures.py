@@ -194,3 +194,10 @@ def test_contact_sheet() -> None:
     sheet = contact_sheet(tiles)
     assert sheet.mode == "RGB" and sheet.width > 3 * SIDE and sheet.height > 2 * SIDE
     assert contact_sheet([Tile((red,), "")]).size[0] > SIDE
+
+
+def test_what_is_no_numbers_is_not_saved_as_noise() -> None:
+    pixels = torch.rand(4, 4, 3)
+    pixels[1, 2, 0] = float("nan")
+    with pytest.raises(PictureError, match="came out as no numbers"):
+        to_image(pixels)
