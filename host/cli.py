@@ -17,6 +17,7 @@ from .batch import add_arguments as add_batch_arguments
 from .quantize import add_arguments as add_quantize_arguments
 from .studio import add_arguments as add_studio_arguments
 
+PRECISIONS = ("stored", "auto", "fp32", "bf16", "fp16")
 Command = Callable[[argparse.Namespace, list[Path]], int]
 
 
@@ -66,6 +67,7 @@ def _say(text: str) -> None:
 
 
 def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
+    from .edits import Places
     from .generate import Order, generate
     from .recipe import read_recipe
 
@@ -96,7 +98,7 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         vlm_resolution=tuple(given.vlm_resolution),
         variant=given.variant,
         layers=given.layers,
-        count=given.count,
+        count=(0 if given.series else 1) if given.count is None else given.count,
         device=given.device,
         out=given.out,
         sheet=given.sheet,
@@ -105,6 +107,14 @@ def _generate(given: argparse.Namespace, saved: list[Path]) -> int:
         series=given.series,
         earlier=tuple(given.earlier),
         same_seed=given.same_seed,
+        places=Places(
+            boxes=tuple(given.region),
+            points=tuple(given.point),
+            mask=given.mask,
+            grow=given.grow,
+            feather=given.feather,
+            context=given.context,
+        ),
     )
     return 1 if generate(order, saved, _say) else 0
 
@@ -197,13 +207,17 @@ def _studio(given: argparse.Namespace, saved: list[Path]) -> int:
 def _quantize(given: argparse.Namespace, saved: list[Path]) -> int:
     from .quantize import run
 
-    return run(given, _weights(given), _say)
+    try:
+        return run(given, _weights(given), _say)
+    except KeyboardInterrupt:
+        print("\nWhat was tried is kept; the same command goes on.", end="", file=sys.stderr)
+        raise
 
 
 def _weights(given: argparse.Namespace):
     from .models import Choice
 
-    return Choice(given.dit, given.vae, given.encoder, given.comfyui)
+    return Choice(given.dit, given.vae, given.encoder, given.comfyui, given.precision)
 
 
 # ---- what may be typed -------------------------------------------------------------------------
@@ -248,11 +262,23 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("prompt", nargs="?", metavar="PROMPT", help="what to make, or what to change")
     add("--reference", action="append", default=[], type=Path, metavar="FILE",
         help='a picture to edit or to use; repeated: "image 1", "image 2", ...')  # fmt: skip
+    add("--region", action="append", default=[], metavar="X,Y,W,H", help="edit the first reference "
+        "in this box only, in pixels or %%; the rest keeps its bits; repeated")  # fmt: skip
+    add("--point", action="append", default=[], metavar="X,Y", help="the same for what is joined "
+        "to this point in about its colour; repeated")  # fmt: skip
+    add("--mask", type=Path, metavar="FILE", help="the same for what is white in this picture")
+    add("--grow", type=int, metavar="N", help="make the region so many pixels larger, or smaller; "
+        "default: 0")  # fmt: skip
+    add("--feather", type=int, metavar="N", help="pixels over which the new picture fades in, "
+        "inside the region's edge; default: 4")  # fmt: skip
+    add("--context", type=int, metavar="N", help="the model sees so many pixels around the region; "
+        "default: 0, the whole picture")  # fmt: skip
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
         help="a LoRA: its path, or its name in the loras folder; repeated")  # fmt: skip
     add("--size", metavar="SIZE", help="1024x768, 16:9, 16:9@2K, poster; default: the first "
         "reference's, else the model's own")  # fmt: skip
-    add("--count", type=int, default=1, metavar="N", help="pictures, with seeds counting up")
+    add("--count", type=int, metavar="N", help="pictures, with seeds counting up; default: 1, of a "
+        "set as many as its prompts say")  # fmt: skip
     add("--seed", type=int, metavar="N", help="default: a fresh one, which is shown and saved")
     add("--steps", type=int, metavar="N", help="default: as the model likes it")
     add("--guidance", type=float, metavar="X", help="default: as the model likes it; 1 is off")
@@ -314,6 +340,9 @@ def _add_weights(add: Callable) -> None:
         "the model folders; default: the embedded model")  # fmt: skip
     add("--vae", metavar="FILE", help="VAE; default: the one in --dit's folder")
     add("--encoder", metavar="FILE", help="text encoder; default: the one in --dit's folder")
+    add("--precision", choices=PRECISIONS, default="stored", help="how weights are kept: stored "
+        "(default), as in the file; auto, as this machine multiplies them fastest, which it tells; "
+        "or all as numbers of one kind")  # fmt: skip
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     _add_comfyui(add)
 

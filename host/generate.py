@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..model_loaders.family import Kind
 from ..model_loaders.lora import open_lora
-from ..sampling.noise import image_seed
 from ..sampling.pipeline import Picture, Pipeline, Plan, Task
 from ..sampling.pipeline import check as check_task
 from ..sampling.prefix_store import PrefixStore
 from ..sampling.schedules import check_steps
 from ..sampling.sizes import parse_size
 from . import asked, models, recipe
+from .edits import Places, editing_of
+from .headline import headline
 from .pictures import FORMATS, PictureFile, png, read_picture, to_image, write_at, write_new
 from .recipe import Recipe
 from .series import Series
@@ -44,11 +46,12 @@ class OrderError(ValueError):
 class Order:
     """What the user asked for. None: as the repeated picture has it, else as the checkpoint likes.
 
-    `count` pictures are made of each prompt. `repeat` is a picture whose recipe is followed. Each
-    of `loras` is a path or a name, and after a colon a strength. `variant` is as for `load_dit`,
-    `layers` as in `Task`, `cache` as for `PrefixStore.of`, `vram` as for `vram_of`. `series`: the
-    prompts are those of a set, as `plan_set` has it, which goes on behind its finished pictures
-    `earlier`; with `same_seed` all of them begin with the same noise.
+    `count` pictures are made of each prompt; of a set in all, 0 for as many as its prompts say.
+    `repeat` is a picture whose recipe is followed. Each of `loras` is a path or a name, and after a
+    colon a strength. `variant` is as for `load_dit`, `layers` as in `Task`, `cache` as for
+    `PrefixStore.of`, `vram` as for `vram_of`. `series`: a set, as `plan_set` has it, which goes on
+    behind its finished pictures `earlier`; with `same_seed` all begin with the same noise.
+    `places`: where the first reference may change; the rest of it keeps its bits.
     """
 
     prompts: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ class Order:
     series: str | None = None
     earlier: tuple[Path, ...] = ()
     same_seed: bool = False
+    places: Places = Places()
     out: Path = Path()
     sheet: bool = False
 
@@ -114,11 +118,14 @@ def generate(order: Order, saved: list[Path], say: Say) -> int:
     series = Series(order, prompts) if order.series else None
     target = target_of(order.out, series.left if series else len(prompts) * order.count)
     files = references_of(order, old)
+    editing = editing_of(order, old, files)
     loras, store = loras_of(order, old, say), PrefixStore.of(order.cache)
     variant = order.variant or (old.variant if old and order.weights.dit is None else None)
     paths, device = weights_of(order, old, say), device_of(order.device)
     vram = vram_of(order.vram, device, paths.values())
-    pipeline = load(paths, device, say, loras, variant, vram)
+    pipeline = load(
+        paths, device, say, loras=loras, variant=variant, vram=vram, dtype=order.weights.dtype
+    )
     pipeline.store = store
     if layered(pipeline, order.layers) and target.file:
         target = Target(target.folder, target.file.stem)
@@ -129,12 +136,12 @@ def generate(order: Order, saved: list[Path], say: Say) -> int:
     tasks = [task_of(one, old, pipeline, files) for one in orders]
     if series:
         tasks = [replace(task, together=series.plan.together) for task in tasks]
+    tasks = editing.tasks(tasks, pipeline) if editing else tasks
     plans = [plan_of(pipeline, task, old, order.repeat) for task in tasks]
     say(headline(pipeline, tasks, plans[0]))
-    writer = Writer(pipeline, target.folder, files)
-    total = sum((len(plan.sigmas) - 1) * tasks[0].count for plan in plans)
+    writer = Writer(pipeline, target.folder, files, editing)
     tiles: list[Tile] = []
-    with progress_bar(total) as bar:
+    with progress_bar(sum((len(plan.sigmas) - 1) * tasks[0].count for plan in plans)) as bar:
         for task, plan in zip(tasks, plans, strict=True):
             if series:
                 task = series.seen(task, plan)
@@ -146,12 +153,12 @@ def generate(order: Order, saved: list[Path], say: Say) -> int:
                 image = to_image(made.picture.pixels)
                 saved.append(target.save(writer.png(task, plan, made.picture, image)))
                 say(f"{saved[-1]}  ({made.seconds:.1f} s, {made.per_step:.3g} s/it)")
+                if editing:
+                    say(editing.report(saved[-1]))
                 if series:
                     series.add(saved[-1])
                 if order.sheet:
-                    note = f"{saved[-1].name}, seed {made.picture.seed}"
-                    prompt = task.prompt_of(made.picture.index)
-                    tiles.append(Tile((thumbnail(image),), prompt, note))
+                    tiles.append(tile_of(saved[-1], task, made.picture, image))
     if tiles:
         saved.append(write_new(target.folder, f"{target.stem}_sheet", png(contact_sheet(tiles))))
         say(f"{saved[-1]}  (contact sheet)")
@@ -159,6 +166,11 @@ def generate(order: Order, saved: list[Path], say: Say) -> int:
     if series and series.failed and not saved:
         raise series.failed[0]
     return len(series.failed) if series else 0
+
+
+def tile_of(file: Path, task: Task, picture: Picture, image: Image.Image) -> Tile:
+    note = f"{file.name}, seed {picture.seed}"
+    return Tile((thumbnail(image),), task.prompt_of(picture.index), note)
 
 
 def repeated(order: Order) -> Recipe | None:
@@ -189,7 +201,7 @@ def check(order: Order, prompts: Sequence[str]) -> None:
     known: dict[str, Any] = {"sampler": order.sampler or "euler", "seed": order.seed or 0}
     layers = Task.layers if order.layers is None else order.layers
     known |= {"resolution": order.resolution, "vlm_resolution": order.vlm_resolution}
-    check_task(Task("", count=order.count, layers=layers, **known))
+    check_task(Task("", count=order.count or int(bool(order.series)), layers=layers, **known))
 
 
 def target_of(out: Path, count: int) -> Target:
@@ -271,13 +283,11 @@ def load(
     paths: dict[Kind, Path],
     device: torch.device,
     say: Say,
-    loras: Sequence[tuple[Path, float]] = (),
-    variant: str | None = None,
-    vram: int | None = None,
+    **settings: Any,
 ) -> Pipeline:
-    """Load the three files and LoRAs; say what the user should know about them."""
+    """Load the three files, with `settings` as for `Pipeline.load`; say what a user should know."""
     files = paths["dit"], paths["vae"], paths["encoder"]
-    pipeline = Pipeline.load(*files, device=device, loras=loras, variant=variant, vram=vram)
+    pipeline = Pipeline.load(*files, device=device, **settings)
     parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
     for licence in dict.fromkeys(part.licence for part in parts):
         if not licence.commercial:
@@ -347,27 +357,6 @@ def plan_of(pipeline: Pipeline, task: Task, old: Recipe | None, picture: Path | 
 
 def same_dit(old: Recipe, pipeline: Pipeline) -> bool:
     return old.weights["dit"].hash == models.fingerprint(pipeline.dit.checkpoint)
-
-
-def headline(pipeline: Pipeline, tasks: Sequence[Task], plan: Plan) -> str:
-    """One line before the run: what will be made, how, and why so."""
-    first, steps = tasks[0], len(plan.sigmas) - 1
-    number = len(tasks) * (len(first.together) or first.count)
-    what = "1 picture" if number == 1 else f"{number} pictures"
-    start, last = first.seed, image_seed(tasks[-1].seed, first.count - 1)
-    if first.together:
-        start, last = first.together[0].seed, first.together[-1].seed
-    seeds = f"seed {start}" if start == last else f"seeds {start} to {last}"
-    shown = "".join(f", {words}" for words in plan.shown(pipeline.family.pixels_per_token))
-    loras = "".join(
-        f" + {lora.checkpoint.name} at {strength:g}" for lora, strength in pipeline.loras.values()
-    )
-    return (
-        f"Making {what} of {plan.size[0]} x {plan.size[1]}{shown} with "
-        f"{pipeline.dit.checkpoint.name}{loras} ({pipeline.family.title}) on {pipeline.device}: "
-        f"{steps} {'step' if steps == 1 else 'steps'} of {first.sampler}, schedule {plan.schedule} "
-        f"({plan.reason}), guidance {plan.guidance:g}, {seeds}."
-    )
 
 
 def progress_bar(total: int) -> Any:

@@ -122,13 +122,21 @@ def png_16_bit(image: Any, text: Mapping[str, str]) -> bytes:
     above = numpy.vstack([numpy.zeros_like(rows[:1]), rows[:-1]])
     filtered = numpy.hstack([numpy.full((height, 1), 2, numpy.uint8), rows - above])
     head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
-    words = [(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items()]
+    words = [_words(key, value) for key, value in text.items()]
     data = (b"IDAT", zlib.compress(filtered.tobytes(), 4))
     parts = [(b"IHDR", head), *words, data, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in parts
     )
+
+
+def _words(key: str, value: str) -> tuple[bytes, bytes]:
+    """A PNG's text: tEXt, which is Latin-1, or where that lacks letters iTXt, not compressed."""
+    try:
+        return b"tEXt", f"{key}\0{value}".encode("latin-1")
+    except UnicodeEncodeError:
+        return b"iTXt", f"{key}\0\0\0\0\0{value}".encode()
 
 
 def png_8_bit(image: Any, text: Mapping[str, str], compress: int = 4) -> bytes:

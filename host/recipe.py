@@ -22,6 +22,7 @@ from ..model_loaders.checkpoint import CheckpointError, open_checkpoint
 from ..model_loaders.family import Kind
 from ..model_loaders.load import Loaded
 from ..model_loaders.lora import Lora
+from ..sampling.composite import Where
 from ..sampling.task import Member
 from . import models
 from .pictures import PictureError, PictureFile, read_picture, read_text
@@ -56,7 +57,7 @@ class Recipe:
 
     `variant` was chosen where the file does not say it; `layers` are of one that paints in layers.
     `together` were painted at once, this one being number `place` of them, from 0.
-    `vlm_resolution` is as in `Task`.
+    `vlm_resolution` is as in `Task`. `edit` and `mask` say where the first reference could change.
     """
 
     prompt: str
@@ -78,6 +79,8 @@ class Recipe:
     together: tuple[Member, ...] = ()
     place: int | None = None
     vlm_resolution: tuple[int, ...] = ()
+    edit: Where | None = None
+    mask: Source | None = None
 
     def text(self) -> str:
         """As JSON; text stays readable, whatever its script."""
@@ -129,6 +132,8 @@ def _parsed(content: Any) -> Recipe:
         layers=None if content.get("layers") is None else _typed(content, "layers", int),
         together=tuple(_member(s) for s in _typed({"together": [], **content}, "together", list)),
         vlm_resolution=_numbers({"vlm_resolution": [], **content}, "vlm_resolution", int),
+        edit=None if content.get("edit") is None else _where(_typed(content, "edit", dict)),
+        mask=None if content.get("mask") is None else _source(content["mask"]),
         place=None if content.get("place") is None else _typed(content, "place", int),
     )
     if recipe.together and recipe.place not in range(len(recipe.together)):
@@ -166,6 +171,12 @@ def _member(content: Any) -> Member:
         raise TypeError("one of its pictures is not a JSON object")
     prompt = _typed(content, "prompt", str)
     return Member(prompt, _typed(content, "seed", int), _typed(content, "place", int))
+
+
+def _where(content: Mapping[str, Any]) -> Where:
+    words = {name: _typed(content, name, str) for name in ("boxes", "points")}
+    widths = {name: _typed(content, name, int) for name in ("grow", "feather", "context")}
+    return Where(**words, **widths, tolerance=float(_typed(content, "tolerance", (int, float))))
 
 
 def _lora(content: Any) -> LoraSource:
@@ -226,10 +237,17 @@ def version() -> str:
 
 def find_references(recipe: Recipe, picture: Path) -> tuple[PictureFile, ...]:
     """The references of a recipe again: where they were, as seen from the picture, or beside it."""
-    return tuple(_find_reference(wanted, picture) for wanted in recipe.references)
+    anew = "the references anew with --reference"
+    return tuple(_find_picture(wanted, picture, anew) for wanted in recipe.references)
 
 
-def _find_reference(wanted: Source, picture: Path) -> PictureFile:
+def find_mask(recipe: Recipe, picture: Path) -> PictureFile | None:
+    """The mask of a recipe again, if there was one; as `find_references`."""
+    anew = "a region anew with --region, --point or --mask"
+    return _find_picture(recipe.mask, picture, anew) if recipe.mask else None
+
+
+def _find_picture(wanted: Source, picture: Path, anew: str) -> PictureFile:
     changed: Path | None = None
     for place in _places(wanted, picture):
         try:
@@ -243,11 +261,11 @@ def _find_reference(wanted: Source, picture: Path) -> PictureFile:
     if changed:
         raise RecipeError(
             f"{picture} was made from {wanted.file}, but {changed} has changed since; bring the "
-            "old file back, or give the references anew with --reference."
+            f"old file back, or give {anew}."
         )
     raise RecipeError(
-        f"{picture} was made from {wanted.file}, which is neither {_where(wanted, picture)}; put "
-        "it beside the picture, or give the references anew with --reference."
+        f"{picture} was made from {wanted.file}, which is neither {_tried(wanted, picture)}; put "
+        f"it beside the picture, or give {anew}."
     )
 
 
@@ -259,7 +277,7 @@ def _places(wanted: Source, picture: Path) -> list[Path]:
     return [place for place in dict.fromkeys(tried) if beside and place.is_file()]
 
 
-def _where(wanted: Source, picture: Path) -> str:
+def _tried(wanted: Source, picture: Path) -> str:
     there = f"at {picture.parent / wanted.path} nor " if wanted.path else "on this drive nor "
     return f"{there}beside the picture"
 

@@ -10,6 +10,8 @@ from PIL import Image
 from ..model_loaders.family import Kind
 from ..sampling.pipeline import Picture, Pipeline, Plan, Task
 from . import recipe
+from .edits import Editing
+from .images import png_16_bit
 from .pictures import PictureFile, png
 from .recipe import Recipe, Source
 
@@ -28,12 +30,15 @@ class Writer:
         pipeline: Pipeline,
         folder: Path,
         files: Sequence[PictureFile] = (),
+        editing: Editing | None = None,
     ) -> None:
         parts = (pipeline.dit, pipeline.vae, pipeline.encoder)
         self.weights: dict[Kind, Source] = recipe.weights(parts, folder)
         self.loras = recipe.loras(pipeline.loras, folder)
         self.folder = folder
         self.references = self.sources(files)
+        self.editing, mask = editing, editing.mask if editing else None
+        self.mask = self.sources((mask,))[0] if mask else None
         self.made_with = recipe.made_with(pipeline.device)
         self.layered, dit = in_layers(pipeline), pipeline.dit.checkpoint.config
         self.variant = dit["variant"] if dit.get("variant_reason") == "chosen" else None
@@ -42,7 +47,10 @@ class Writer:
         return tuple(recipe.source(f.path, f.sha256, self.folder) for f in files)
 
     def png(self, task: Task, plan: Plan, picture: Picture, image: Image.Image) -> bytes:
-        return png(image, {recipe.KEY: self.recipe(task, plan, picture).text()})
+        text = {recipe.KEY: self.recipe(task, plan, picture).text()}
+        if self.editing and self.editing.deep:
+            return png_16_bit(picture.pixels, text)
+        return png(image, text)
 
     def recipe(self, task: Task, plan: Plan, picture: Picture) -> Recipe:
         return Recipe(
@@ -65,4 +73,6 @@ class Writer:
             together=task.together,
             place=picture.index if task.together else None,
             vlm_resolution=task.vlm_resolution,
+            edit=self.editing.where if self.editing else None,
+            mask=self.mask,
         )

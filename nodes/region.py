@@ -11,8 +11,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..sampling import SamplingError
-from ..sampling.composite import Edit, grown, selected, with_alpha
-from ..sampling.composite import prepared as prepared_edit
+from ..sampling.composite import Edit, Where, with_alpha
 from ..sampling.preservation import preservation
 from .references import MAX_SIDE, Reference, ReferenceList, References, fingerprint, opened
 from .runtime import runtime
@@ -138,7 +137,7 @@ def where() -> list[Any]:
         ),
         io.Float.Input(
             "tolerance",
-            default=0.1,
+            default=Where.tolerance,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -153,7 +152,7 @@ def edges() -> list[Any]:
     return [
         io.Int.Input(
             "grow",
-            default=0,
+            default=Where.grow,
             min=-512,
             max=512,
             tooltip="Makes the region larger by so many pixels on every side, or smaller below 0. "
@@ -161,7 +160,7 @@ def edges() -> list[Any]:
         ),
         io.Int.Input(
             "feather",
-            default=4,
+            default=Where.feather,
             min=0,
             max=512,
             tooltip="Over so many pixels inside the region's edge the new picture fades in. More "
@@ -169,7 +168,7 @@ def edges() -> list[Any]:
         ),
         io.Int.Input(
             "context",
-            default=0,
+            default=Where.context,
             min=0,
             max=MAX_SIDE,
             advanced=True,
@@ -187,32 +186,17 @@ def edit_of(image: Tensor, mask: Tensor | None, widgets: dict[str, Any], loaded:
             f"a batch of {len(image)} pictures was given; one is edited at a time, so choose one "
             "of them first."
         )
-    height, width = image.shape[1:3]
-    region = selected(
-        (width, height), widgets["boxes"], widgets["points"], image[0], widgets["tolerance"]
-    )
+    lock = widgets["lock"]
+    where = Where(**{key: value for key, value in widgets.items() if key != "lock"})
+    picture = image[0].cpu().float()
+    drawn = None  # an unconnected mask is black
     if mask is not None and bool(mask.any()):
-        if tuple(mask.shape[-2:]) != (height, width):
-            raise SamplingError(
-                f"the mask is {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {width} x "
-                f"{height}; give the mask that belongs to the picture."
-            )
-        drawn = (mask.reshape(-1, height, width)[0] >= 0.5).float().cpu()
-        region = drawn if region is None else torch.maximum(region, drawn)
-    if not widgets["lock"] and not widgets["context"]:
-        region = None
-    if region is not None:
-        region = grown(region, widgets["grow"])
+        drawn = mask.reshape(-1, *mask.shape[-2:])[0].cpu()
+    region = where.region(picture, drawn)
+    region = region if lock or where.context else None
     own = loaded.checkpoint.config.get("resolution", 1024) if loaded else 1024
-    edit = prepared_edit(
-        image[0].cpu().float(),
-        region,
-        loaded.family.step if loaded else STEP,
-        feather=widgets["feather"],
-        context=widgets["context"],
-        least=own,
-    )
-    return edit if widgets["lock"] else replace(edit, alpha=None)
+    edit = where.edit(picture, region, loaded.family.step if loaded else STEP, own)
+    return edit if lock else replace(edit, alpha=None)
 
 
 def told(edit: Edit) -> str:

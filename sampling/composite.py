@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +75,47 @@ class Edit:
         return done
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where a picture may change, as it is written: `boxes`, `points` and `tolerance` as for
+    `selected`, `grow` in pixels as for `grown`, `feather` and `context` as for `prepared`.
+    """
+
+    boxes: str = ""
+    points: str = ""
+    tolerance: float = 0.1
+    grow: int = 0
+    feather: int = 4
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("feather", "context"):
+            if getattr(self, name) < 0:
+                raise SamplingError(f"{name} is {getattr(self, name)}; give pixels, 0 or more.")
+
+    def region(self, image: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """(H, W), 1 where `image` (H, W, 3 or 4) may change; None when nothing says where.
+
+        A `mask` (H, W) of 0.5 and more is joined with boxes and points.
+        """
+        height, width = image.shape[:2]
+        found = selected((width, height), self.boxes, self.points, image, self.tolerance)
+        if mask is not None:
+            if mask.shape != (height, width):
+                raise SamplingError(
+                    f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x "
+                    f"{height}; give the mask that belongs to the picture."
+                )
+            drawn = (mask >= 0.5).to(image)
+            found = drawn if found is None else torch.maximum(found, drawn)
+        return None if found is None else grown(found, self.grow)
+
+    def edit(self, image: Tensor, region: Tensor | None, step: int, least: int) -> Edit:
+        """The edit of `image` in its `region`, as `prepared`."""
+        own = {"feather": self.feather, "context": self.context}
+        return prepared(image, region, step, least=least, **own)
+
+
 def locked(model: Model, start: Tensor, noise: Tensor, free: Tensor) -> Model:
     """`model` whose x follows `start` and `noise` (C, h, w) exactly where `free` (1, 1, h, w) is 0.
 
@@ -111,15 +153,19 @@ def prepared(
     if region is None:
         box, alpha = (0, 0, width, height), None
     else:
-        if not bool((region > 0).any()):
-            raise SamplingError(
-                "the region is empty, so nothing could change; draw a mask, write a box, or lower "
-                "what shrinks it."
-            )
+        refuse_empty(region)
         alpha = feathered(region, feather)
         box = surroundings(region, context, least, step) if context else (0, 0, width, height)
     padded = tuple(-(-side // step) * step for side in box[2:])
     return Edit(original, alpha, box, (padded[0], padded[1]))
+
+
+def refuse_empty(region: Tensor) -> None:
+    if not bool((region > 0).any()):
+        raise SamplingError(
+            "the region is empty, so nothing could change; draw a mask, write a box, or lower what "
+            "shrinks it."
+        )
 
 
 def surroundings(region: Tensor, context: int, least: int, step: int) -> Box:
@@ -139,12 +185,24 @@ def grown(region: Tensor, pixels: int) -> Tensor:
     """A region (H, W) larger by so many pixels on every side, or smaller when they are negative."""
     if pixels == 0:
         return region
-    side = 2 * abs(pixels) + 1
     sign = 1 if pixels > 0 else -1
-    x = (sign * region)[None, None]
-    for kernel in ((side, 1), (1, side)):  # max_pool2d pads with -inf: outside there is nothing
-        x = F.max_pool2d(x, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
-    return sign * x[0, 0]
+    x = highest(sign * region, abs(pixels))  # outside of the picture there is nothing
+    return sign * highest(x.T, abs(pixels)).T
+
+
+def highest(x: Tensor, pixels: int) -> Tensor:
+    """The highest value of a column (of (H, W)) within so many pixels up and down.
+
+    Spans double: as many passes as the number has digits in base 2, however far it looks.
+    """
+    length = x.shape[0]
+    pixels = min(pixels, length - 1)
+    width = 2 * pixels + 1
+    most, span = F.pad(x, (0, 0, pixels, pixels), value=-math.inf), 1
+    while 2 * span <= width:
+        most = torch.maximum(most[:-span], most[span:])
+        span *= 2
+    return torch.maximum(most[:length], most[width - span : width - span + length])
 
 
 def feathered(region: Tensor, pixels: int) -> Tensor:
@@ -153,16 +211,29 @@ def feathered(region: Tensor, pixels: int) -> Tensor:
     At the picture's own edge it does not fall. A region that is nowhere deep enough for that rises
     over the depth it has: its middle is always 1.
     """
-    inside = (region > 0).float()
-    levels, count, layer = inside.clone(), 1, inside
-    for _ in range(max(pixels, 0)):
-        layer = grown(layer, -1)
-        if not bool(layer.any()):
-            break
-        levels += layer
-        count += 1
-    rising = levels / count
+    deep = depth(region > 0).clamp(max=max(pixels, 0) + 1)
+    rising = deep / deep.amax().clamp_min(1)
     return rising * rising * (3 - 2 * rising)
+
+
+def depth(inside: Tensor) -> Tensor:
+    """How many pixels (of fp32) each of a region (H, W) is away from the nearest outside of it.
+
+    A diagonal step counts as one: the chessboard distance, in two passes (Rosenfeld and Pfaltz
+    1966), row by row. What leaves the picture is not outside.
+    """
+    height, width = inside.shape
+    far = float(height + width)
+    found = np.full((height + 2, width + 2), far, np.float32)
+    found[1:-1, 1:-1] = np.where(inside.cpu().numpy(), far, 0)
+    at = np.arange(width + 2, dtype=np.float32)
+    for _ in range(2):  # from the top left, then, turned by half, from the bottom right
+        for row, above in zip(found[1:], found, strict=False):
+            row[1:-1] = np.minimum(row[1:-1], np.minimum(above[:-2], above[2:]) + 1)
+            row[:] = np.minimum(row, above + 1)
+            row[:] = np.minimum.accumulate(row - at) + at
+        found = found[::-1, ::-1]
+    return torch.from_numpy(found[1:-1, 1:-1].copy()).to(inside.device)
 
 
 def with_alpha(image: Tensor) -> Tensor:
@@ -207,7 +278,12 @@ def selected(
     found = False
     for left, top, wide, high in numbers(boxes, ("x", "y", "width", "height"), size):
         right, bottom = math.ceil(left + wide), math.ceil(top + high)
-        if wide <= 0 or high <= 0 or left >= width or top >= height or right <= 0 or bottom <= 0:
+        if wide <= 0 or high <= 0:
+            raise SamplingError(
+                f"the box {left:g}, {top:g}, {wide:g}, {high:g} is {wide:g} x {high:g} and holds "
+                "nothing; write x, y, width, height, the last two above 0."
+            )
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
             raise SamplingError(
                 f"the box {left:g}, {top:g}, {wide:g}, {high:g} lies outside of the picture, which "
                 f"is {width} x {height}; write x, y, width, height."
@@ -217,7 +293,10 @@ def selected(
     for x, y in numbers(points, ("x", "y"), size):
         column, row = int(x), int(y)
         if image is None or not (0 <= column < width and 0 <= row < height):
-            raise SamplingError(f"the point {x:g}, {y:g} lies outside of {width} x {height}.")
+            raise SamplingError(
+                f"the point {x:g}, {y:g} lies outside of the picture, which is {width} x {height}; "
+                f"write x, y from 0, 0 to {width - 1}, {height - 1}."
+            )
         alike = (image - image[row, column]).abs().amax(dim=-1) <= tolerance
         region = torch.maximum(region, joined(alike, row, column))
         found = True
@@ -252,21 +331,28 @@ def numbers(text: str, names: tuple[str, ...], size: tuple[int, int]) -> list[li
 def joined(alike: Tensor, row: int, column: int) -> Tensor:
     """The part of `alike` (H, W) that is joined to a pixel of it, side by side: 0 or 1.
 
-    Every pass fills whole runs of rows, then of columns: as many passes as the shape has turns.
+    Runs of rows, each looked at once, however winding the shape is.
     """
-    filled = torch.zeros_like(alike, dtype=torch.float32)
-    filled[row, column] = 1
-    total = 0.0
-    while (now := float(filled.sum())) != total:
-        total = now
-        filled = along_rows(filled, alike)
-        filled = along_rows(filled.T, alike.T).T
-    return filled
-
-
-def along_rows(filled: Tensor, alike: Tensor) -> Tensor:
-    """Every run of `alike` in a row that has a filled pixel, filled."""
-    run = (~alike).long().cumsum(dim=1)  # pixels of a run share a number, with the gap before it
-    most = torch.zeros(run.shape[0], run.shape[1] + 1).to(filled)
-    most.scatter_reduce_(1, run, filled * alike, "amax")
-    return most.gather(1, run) * alike
+    height, width = alike.shape
+    flat = np.zeros((height, width + 1), np.int8)  # a gap ends every row
+    flat[:, :width] = alike.cpu().numpy()
+    width += 1
+    turns = np.diff(flat.ravel(), prepend=0)
+    starts, ends = np.flatnonzero(turns == 1), np.flatnonzero(turns == -1)
+    taken = np.zeros(len(starts), bool)
+    edge = np.array([np.searchsorted(starts, row * width + column, "right") - 1])
+    while len(edge):
+        taken[edge] = True
+        beside = []
+        for to in (-width, width):  # runs of the row above, and below, that share a column
+            low = np.searchsorted(ends, starts[edge] + to, "right")
+            count = np.searchsorted(starts, ends[edge] + to, "left") - low
+            first = np.repeat(low - np.cumsum(count) + count, count)
+            beside.append(first + np.arange(len(first)))
+        edge = np.unique(np.concatenate(beside))
+        edge = edge[~taken[edge]]
+    turned = np.zeros(height * width, np.float32)
+    turned[starts[taken]] = 1
+    turned[ends[taken]] = -1
+    filled = np.cumsum(turned, dtype=np.float32).reshape(height, width)[:, :-1]
+    return torch.from_numpy(filled.copy()).to(alike.device)

@@ -6,7 +6,6 @@ is done, so showing, saving and stopping belong to the caller.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -17,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_loaders.load import Loaded, load_dit, load_encoder, load_vae
+from ..model_loaders.load import Loaded, Precision, load_dit, load_encoder, load_vae
 from ..model_loaders.lora import Lora, load_lora
 from ..quant.lora import Adapters
 from . import SamplingError
+from .composite import locked
 from .cost import vlm_tokens
 from .guidance import guided
-from .noise import image_seed, noise
+from .noise import add_noise, image_seed, noise
 from .prefix_store import PrefixStore
 from .samplers import sampler
 from .sizes import grid
 from .task import Picture, Plan, Progress, Task, check, sigmas_of
 
+MAX_STRENGTH = 100  # of a LoRA, as in ComfyUI
 OPAQUE_ALPHA, OPAQUE_SHARE = 0.9, 0.999  # a picture this opaque, nearly everywhere, has no alpha
 
 
@@ -69,21 +70,23 @@ class Pipeline:
         store: PrefixStore | None = None,
         variant: str | None = None,
         vram: int | None = None,
+        dtype: Precision = None,
     ) -> Pipeline:
         """From three files; a folder of a whole diffusers pipeline serves as any of them.
 
-        `loras` as for `set_loras`, `variant` as for `load_dit`. `vram`: bytes of weights that may
-        lie on `device`; the encoder, which works once for a prompt, then gets the least that it can
-        run with, and the DiT what it and the VAE leave.
+        `loras` as for `set_loras`, `variant` and `dtype` as for `load_dit`. `vram`: bytes of
+        weights that may lie on `device`; the encoder, which works once for a prompt, then gets the
+        least that it can run with, and the DiT what it and the VAE leave.
         """
         one, left = None if vram is None else 0, vram
-        words = load_encoder(encoder, device=device, tokenizer_paths=tokenizer_paths, vram=one)
-        pixels = load_vae(vae, device=device)
+        words = load_encoder(
+            encoder, dtype=dtype, device=device, tokenizer_paths=tokenizer_paths, vram=one
+        )
+        pixels = load_vae(vae, dtype=dtype, device=device)
         if left is not None:
             left = max(left - words.resident - pixels.resident, 1)
-        pipeline = cls(
-            load_dit(dit, device=device, variant=variant, vram=left), pixels, words, store
-        )
+        painter = load_dit(dit, dtype=dtype, device=device, variant=variant, vram=left)
+        pipeline = cls(painter, pixels, words, store)
         pipeline.set_loras(loras)
         return pipeline
 
@@ -98,9 +101,10 @@ class Pipeline:
         if len(wanted) < len(loras):
             raise SamplingError("a LoRA was given twice; give it once, with the sum of strengths.")
         for path, strength in wanted.items():
-            if not math.isfinite(strength):
+            if not abs(strength) <= MAX_STRENGTH:  # NaN is not either
                 raise SamplingError(
-                    f"the strength of {path.name} is {strength}; give a number such as 0.8."
+                    f"the strength of {path.name} is {strength:g}; give a number such as 0.8, from "
+                    f"-{MAX_STRENGTH} to {MAX_STRENGTH}."
                 )
         old = {path: lora for path, (lora, _) in self.loras.items()}
         new = {path: load_lora(path, self.dit) for path in wanted if path not in old}
@@ -129,9 +133,17 @@ class Pipeline:
         assert schedule is not None
         side = self.dit.checkpoint.config.get("resolution", 1024)
         resolution = task_side(task, self.dit)
+        sides = [resolution] * len(task.references)
+        if task.edit is not None:
+            if self._frames(task) > 1:
+                raise SamplingError(
+                    f"{self.dit.checkpoint.name} takes a picture apart into layers and cannot edit "
+                    "a part of it; choose another model, or leave out the region."
+                )
+            sides[0] = 0  # every pixel stays in its place
         shown = tuple(
-            self.family.reference_size(r.shape[1], r.shape[0], resolution**2)
-            for r in task.references
+            self.family.reference_size(r.shape[1], r.shape[0], side**2)
+            for r, side in zip(task.references, sides, strict=True)
         )
         seen = task.vlm_sides if any(task.vlm_sides) else ()
         if seen and self.family.own_size is None:
@@ -143,6 +155,8 @@ class Pipeline:
         if shown and task.size is None and self._keeps(resolution):
             height, width = task.references[0].shape[:2]
         padded, _ = grid(width, height, self.family.step)
+        if task.edit is not None:
+            height, width = task.edit.original.shape[:2]
         tokens = padded.width * padded.height // self.family.pixels_per_token**2
         given = task.sigmas is not None
         return Plan(
@@ -168,20 +182,28 @@ class Pipeline:
 
     def _pictures(self, task: Task, plan: Plan) -> Iterator[Progress | Picture]:
         with self.store.reading():
-            model = self._model(task, plan)
+            model, references = self._model(task, plan)
         width, height = plan.padded
         family, factor = self.family, self.family.pixels_per_latent
-        frames = family.frames(self.dit, task.layers) if family.frames else 1
+        frames, edit = self._frames(task), task.edit
         shape = (frames, family.channels(self.dit), height // factor, width // factor)
         for index in range(1 if task.together else task.count):
             own = [noise(one.seed, 0, shape, self.device) for one in task.together]
-            x = torch.cat(own or [noise(task.seed, index, shape, self.device)]) * plan.sigmas[0]
-            for state in sampler(task.sampler)(model, x, plan.sigmas):
+            start = torch.cat(own or [noise(task.seed, index, shape, self.device)])
+            x, follow = start * plan.sigmas[0], model
+            if edit is not None and edit.alpha is not None:
+                seen = references[0].float()
+                free = edit.free(width // seen.shape[-1])[None].to(seen)
+                x = add_noise(seen, start, plan.sigmas[0])
+                follow = locked(model, seen, start, free)
+            for state in sampler(task.sampler)(follow, x, plan.sigmas):
                 x = state.x
                 yield Progress(index, state)
             for row, latents in enumerate(x[min(frames - 1, 1) :]):
                 pixels = self.vae.module.decode(latents[None].to(self._dtype(self.vae)))
-                image = finished(pixels, plan.size, keep_alpha=frames > 1)
+                size = plan.size if edit is None else plan.padded
+                image = finished(pixels, size, keep_alpha=frames > 1)
+                image = image if edit is None else edit.finished(image)
                 if task.together:
                     yield Picture(row, task.together[row].seed, image)
                 else:
@@ -198,6 +220,10 @@ class Pipeline:
 
     def _dtype(self, part: Loaded) -> torch.dtype:
         return torch.float32 if self.device.type == "cpu" else part.dtype
+
+    def _frames(self, task: Task) -> int:
+        """How many latents are painted together: more than one by a model that paints layers."""
+        return self.family.frames(self.dit, task.layers) if self.family.frames else 1
 
     def _keeps(self, resolution: int) -> bool:
         """Whether references keep their pixels in their places."""
@@ -222,8 +248,10 @@ class Pipeline:
             images = self.family.own_size.show(given, images, task.vlm_sides)
         return images, latents
 
-    def _model(self, task: Task, plan: Plan) -> Any:
-        """The velocity as a function of x and sigma, everything that no step changes computed."""
+    def _model(self, task: Task, plan: Plan) -> tuple[Any, list[Tensor]]:
+        """The velocity as a function of x and sigma, everything that no step changes computed, and
+        the references' latents.
+        """
         device, dtype = self.compute
         images, latents = self._references(task, plan)
         dit, schedule = self.dit.module, self.dit.schedule
@@ -255,7 +283,7 @@ class Pipeline:
             positive, *negative = (dit(x.to(dtype), t, p, *known).float() for p in prefixes)
             return guided(positive, negative[0], plan.guidance, rescale) if negative else positive
 
-        return velocity
+        return velocity, latents
 
 
 def task_side(task: Task, dit: Loaded) -> int:

@@ -63,11 +63,17 @@ def preservation(edited: Tensor, original: Tensor, region: Tensor | None = None)
     if not bool(keep.any()):
         raise SamplingError("the region covers the whole picture; nothing is left to compare.")
     new, old = on_white(edited), on_white(original)
+    for what, image in (("edited", new), ("original", old)):
+        if not bool(torch.isfinite(image).all()):
+            raise SamplingError(
+                f"the {what} picture has pixels that are no numbers (NaN), so nothing can be "
+                "judged; paint it again, with other weights or in higher precision."
+            )
     kept = keep.bool()
     error = (edited.float() - original.float()) if edited.shape == original.shape else new - old
     squared = float(error[kept].double().square().mean())
     rows = zip(new.split(256), old.split(256), strict=True)  # or a large one takes gigabytes
-    difference = torch.cat([delta_e(lab(a), lab(b)) for a, b in rows]) * keep
+    difference = torch.cat([differences(a, b) for a, b in rows]) * keep
     values = difference[kept]
     # SSIM of a pixel looks 5 pixels far: those that see the region are left out where possible.
     clear = -F.max_pool2d(-keep[None, None], 11, 1, 5)[0, 0] > 0
@@ -126,6 +132,13 @@ def lab(image: Tensor) -> Tensor:
     f = torch.where(xyz > low, xyz.clamp_min(low) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     x, y, z = f.unbind(-1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
+
+
+def differences(new: Tensor, old: Tensor) -> Tensor:
+    """CIEDE2000 (H, W) of two sRGB pictures; 0 where they are the same, which costs nothing."""
+    found, other = torch.zeros(new.shape[:2]), (new != old).any(dim=-1)
+    found[other] = delta_e(lab(new[other]), lab(old[other]))
+    return found
 
 
 def delta_e(first: Tensor, second: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from ..model_loaders.family import Schedule
 from . import SamplingError
+from .composite import Edit
 from .noise import image_seed
 from .samplers import State, sampler, steps_of
 from .schedules import sigmas_for
 
+MAX_REFERENCES = 14  # of one picture
+MAX_RESOLUTION = 16384  # pixels, side of the square that references are brought to
 MAX_VLM = 4096  # pixels, side of the largest square that a text encoder is shown
 
 
@@ -37,6 +40,8 @@ class Task:
     `sigmas` fall to 0 and go without `steps`. Image k of `count` is the image that `seed` + k makes
     alone. `layers` is how many a model paints that takes a picture apart. `together`: these are
     painted at once and see each other, instead of the one of `prompt` and `seed`.
+    `edit`: the first reference is `edit.seen()`, and the pictures are its original with what was
+    painted where it may change.
     """
 
     prompt: str
@@ -53,6 +58,7 @@ class Task:
     layers: int = 4
     together: tuple[Member, ...] = ()
     vlm_resolution: tuple[int, ...] = ()
+    edit: Edit | None = None
 
     def prompt_of(self, index: int) -> str:
         """The prompt of picture `index`."""
@@ -115,12 +121,19 @@ def check(task: Task) -> None:
         raise SamplingError(f"at least one picture must be made, {task.count} were asked for.")
     if task.together and task.count > 1:
         raise SamplingError("pictures that are painted at once are one of each; set count to 1.")
+    if task.edit is not None:
+        check_edit(task, task.edit)
     if task.layers < 1:
         raise SamplingError(f"at least one layer must be painted, {task.layers} were asked for.")
-    if task.resolution is not None and task.resolution < 0:
+    if len(task.references) > MAX_REFERENCES:
         raise SamplingError(
-            f"the references' resolution is {task.resolution}; give a side in pixels, or 0 to keep "
-            "each as large as it is."
+            f"{len(task.references)} references were given; at most {MAX_REFERENCES} are read, so "
+            "leave some out."
+        )
+    if task.resolution is not None and not 0 <= task.resolution <= MAX_RESOLUTION:
+        raise SamplingError(
+            f"the references' resolution is {task.resolution}; give a side in pixels, at most "
+            f"{MAX_RESOLUTION}, or 0 to keep each as large as it is."
         )
     if wrong := [side for side in task.vlm_resolution if side and not 32 <= side <= MAX_VLM]:
         raise SamplingError(
@@ -138,6 +151,20 @@ def check(task: Task) -> None:
                 f"reference {number} is {given}; give height x width x 3 or 4 channels, as floats "
                 "in 0..1."
             )
+
+
+def check_edit(task: Task, edit: Edit) -> None:
+    first = tuple(task.references[0].shape[1::-1]) if task.references else ()
+    if first != edit.padded:
+        raise SamplingError(
+            "the first reference of an edit is what the model sees of the picture, "
+            f"{edit.padded[0]} x {edit.padded[1]} pixels; give edit.seen()."
+        )
+    if task.size is not None or task.together:
+        raise SamplingError(
+            "an edited picture is as large as the original and is painted alone; leave out the "
+            "size, and pictures that are painted at once."
+        )
 
 
 def sigmas_of(task: Task, schedule: Schedule, tokens: int) -> tuple[float, ...]:

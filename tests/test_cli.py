@@ -229,6 +229,8 @@ def test_alpha_is_kept(tiny: ModuleType, tmp_path: Path) -> None:
         ("x --guidance nan", "the guidance must be a number"),
         ("x --sampler magic", "there is no sampler 'magic'"),
         ("x --resolution -1", "resolution"),
+        ("x --resolution 9999999", "the references' resolution is 9999999; give a side"),
+        (f"x{' --reference ok.png' * 15}", "15 references were given; at most 14 are read"),
         ("--prompts none.txt", "none.txt cannot be read"),
         ("--prompts cut.png", "cut.png is not UTF-8"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
@@ -249,6 +251,7 @@ def test_refusals_are_one_sentence(
 ) -> None:
     picture("cut.png")
     Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:1000])
+    picture("ok.png")
     Path("a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     Path("empty.txt").write_text("# nothing\n")
     own = [] if {"--dit", "--vae"} & set(words.split()) else weights
@@ -257,7 +260,7 @@ def test_refusals_are_one_sentence(
 
 
 def test_a_bug_is_a_traceback(weights: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ValueError("not one of ours")
 
     monkeypatch.setattr(generate, "load", broken)
@@ -369,3 +372,36 @@ def test_another_process_refuses_with_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "seedling.host.cli", "inspect", "none.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "none.safetensors" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("kind", ["stored", "auto", "fp32", "bf16", "fp16"])
+def test_precision_is_chosen_and_auto_says_what_it_took(
+    make: Any, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    make("red", "--steps", 2, "--precision", kind)
+    said = capsys.readouterr().out
+    note = "auto: what is not quantized is kept in"
+    lines = [line for line in said.splitlines() if note in line and "tiny.safetensors" in line]
+    assert bool(lines) == (kind == "auto") and all("on this processor" in line for line in lines)
+    assert pixels("seedling_00001.png").isfinite().all()
+
+
+def test_another_precision_is_another_model(
+    make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All three networks get it; `demo` and `quantize` know the word too."""
+    seen: list[Any] = []
+
+    def load(*files: Any, **settings: Any) -> None:
+        seen.append(settings["dtype"])
+        raise generate.OrderError("enough")
+
+    monkeypatch.setattr(generate.Pipeline, "load", load)
+    Path("p.txt").write_text("red\n")
+    for words in (
+        ["generate", "red"],
+        ["demo"],
+        ["quantize", "--prompts", "p.txt", "--out", "q.safetensors"],
+    ):
+        assert main([*words, "--precision", "bf16"]) == 2
+    assert seen == [torch.bfloat16] * 3

@@ -24,6 +24,7 @@ from torch import Tensor
 from seedling.model_loaders.checkpoint import CheckpointError
 from seedling.model_loaders.load import load_dit
 from seedling.model_loaders.tokenizers import QWEN_CONTROL, byte_level_bpe
+from seedling.sampling.composite import Where
 from seedling.sampling.noise import noise
 from seedling.sampling.pipeline import Picture, Pipeline, Task
 
@@ -207,6 +208,19 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     found = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
     logging.warning("error %.1e", found)
     return found
+
+
+def test_an_edit_keeps_the_rest(model: Model) -> None:
+    """Its latents are finer than its tokens, and its references are never scaled up to a size."""
+    (image,), where = pictures((75, 50)), Where("20, 10, 30, 20")
+    region = where.region(image)
+    assert region is not None
+    edit = where.edit(image, region, 16, 64)
+    task = Task("make it green", (edit.seen(),), steps=2, edit=edit)
+    assert edit.padded == (80, 64)
+    done = pixels_of(model.ours(), task)
+    assert done.shape == image.shape and torch.equal(done[region == 0], image[region == 0])
+    assert (done != image)[region > 0].float().mean() > 0.9
 
 
 FOUR = ((64, 64), (80, 64), (64, 112), (64, 64))

@@ -334,7 +334,7 @@ def test_the_plan_says_why(pipeline: Pipeline) -> None:
         ({"sigmas": (1.0, 0.0), "steps": 4}, "4 steps were asked for, but sigmas for 1 "),
         ({"size": (0, 64)}, "0x64: both sides must lie between 1 and"),
         ({"size": (2048, 64)}, "one side is 32 times the other"),
-        ({"resolution": -1}, "resolution is -1; give a side in pixels, or 0"),
+        ({"resolution": -1}, "resolution is -1; give a side in pixels, at most"),
         ({"references": (torch.rand(8, 8, 3), torch.rand(1, 8, 8, 3))}, "reference 2 is 1 x 8 x 8"),
         ({"references": (torch.rand(3, 8, 8),)}, "3 x 8 x 8, float32; give height x width x 3"),
         ({"references": (torch.zeros(8, 8, 3, dtype=torch.uint8),)}, "uint8; .* floats in 0..1"),

@@ -45,6 +45,15 @@ def test_layers_are_saved_one_by_one_and_repeated(tmp_path: Path) -> None:
     assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(layers, again, strict=True))
 
 
+def test_layers_and_a_region_do_not_go_together(tmp_path: Path, capsys: Any) -> None:
+    folder = str(tiny.write(tmp_path / "model", "QwenImageLayeredPipeline"))
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    words = ["--dit", folder, "--reference", str(tmp_path / "red.png"), "--region", "0,0,9,9"]
+    assert main(["generate", "x", *words, "--out", str(tmp_path / "out")]) == 2
+    assert "cannot edit a part of it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_of_a_model_that_has_none(tmp_path: Path, capsys: Any) -> None:
     folder = str(tiny.write(tmp_path / "model", "QwenImagePipeline"))
     words = ["--dit", folder, "--steps", "1", "--out", str(tmp_path)]

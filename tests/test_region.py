@@ -56,8 +56,8 @@ def test_boxes_in_pixels_and_percent() -> None:
         ("a, b, c, d", "", "not x, y, width, height"),
         ("nan, 0, 3, 3", "", "not x, y, width, height"),
         ("50, 0, 5, 5", "", "outside of the picture"),
-        ("5, 5, 0, 5", "", "outside of the picture"),
-        ("", "40, 3", "outside of 40 x 20"),
+        ("5, 5, 0, 5", "", "holds nothing"),
+        ("", "40, 3", "picture, which is 40 x 20"),
         ("", "3", "not x, y"),
     ],
 )
