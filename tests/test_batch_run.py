@@ -199,6 +199,8 @@ def begun(host: Any, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [*command, "--server", f"http://127.0.0.1:{host.port}", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What a shell begins in the background inherits a SIGINT that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
