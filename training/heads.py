@@ -25,6 +25,12 @@ class TokenHead(nn.Module):
         """hidden (B, tokens, dim), labels (B, 4, tokens) -> cross-entropy, accuracy on objects."""
         return class_loss(self.out(self.norm(hidden)), labels)
 
+    @torch.no_grad()
+    def objects(self, hidden: Tensor) -> Tensor:
+        """How likely an object is on every token: hidden (B, tokens, dim) -> (B, tokens)."""
+        shapes = self.out(self.norm(hidden))[..., : KINDS[0]]
+        return 1 - shapes.float().softmax(-1)[..., 0]
+
 
 class LayoutHead(nn.Module):
     """Nine cell queries that read the encoder's states and tell what stands in each cell."""

@@ -109,14 +109,16 @@ def loudness(latents: Tensor, power: float = 1.5) -> Tensor:
     return (weight / weight.mean())[:, None, None]
 
 
-def attention_to_objects(labels: Tensor, t: Tensor, grid: Sequence[int]) -> Tensor:
+def attention_to_objects(likely: Tensor, grid: Sequence[int]) -> Tensor:
     """Weights (B, 1, h, w) of places, mean 1: objects and their rims count five times.
 
-    Most of a picture is background. Only where the noise already shows what stands where (t < .85):
-    above, weights that know the answer would teach the model to expect objects everywhere.
+    Most of a picture is background. `likely` (B, tokens) is how sure the network itself is, from
+    the noisy picture and the words, that an object stands there. Weights that know the answer
+    would shift what is learnt, from the mean of all pictures that are still possible to those that
+    have an object at this place: one wherever one might be, and rims too far out.
     """
-    near = F.max_pool2d((labels[:, 0] > 0).float().unflatten(1, grid), 3, stride=1, padding=1)
-    weight = 1 + 4 * near * (t < 0.85).float()[:, None, None]
+    near = F.max_pool2d(likely.unflatten(1, grid), 3, stride=1, padding=1)
+    weight = 1 + 4 * near
     return (weight / weight.mean())[:, None]
 
 
@@ -170,7 +172,7 @@ def losses(
         shown = batch.labels[:, :-1].transpose(1, 2).flatten(2)
         tokens = tokens + 0.5 * student.tokens(before[:, grid], shown)[0]
     missed = (velocity.float() - (noise - target)).square() * loudness(target)
-    flow = (missed * attention_to_objects(labels, t, target.shape[-2:])).mean()
+    flow = (missed * attention_to_objects(student.tokens.objects(after), target.shape[-2:])).mean()
     return {"flow": flow, "layout": layout, "tokens": tokens, "read": read, "seen": seen}
 
 
